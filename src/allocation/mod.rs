@@ -1,0 +1,1 @@
+//! What the batch system granted on this host. Knows nothing of Kubernetes.

@@ -1,0 +1,1 @@
+//! One short file a subcommand: each composes the rooms below.

@@ -1,0 +1,1 @@
+//! One container: command line, supervisor, process tree, log.

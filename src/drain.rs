@@ -1,0 +1,1 @@
+//! The end: cordon, drain, report, remove.

@@ -1,0 +1,1 @@
+//! The first process of `run`: takes the batch system's signals, restarts a crashed pilot.

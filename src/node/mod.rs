@@ -1,0 +1,1 @@
+//! This pilot as a Kubernetes Node: registration, status, lease, alivetime.

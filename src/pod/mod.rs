@@ -1,0 +1,1 @@
+//! One pod: source, admission, worker, environment, volumes, status, publisher.
