@@ -1,7 +1,346 @@
-//! The command line, in one place.
+//! The command line, in one place: every flag, its environment variable, its default, and the check of its value.
+//!
+//! Start at [`main`]. A bad value is named with its flag and what is wanted, exit code 2, before anything is done.
 
-/// Runs the program: parses the command line and hands over to one of the commands.
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::allocation::duration::{Walltime, parse_walltime};
+use crate::commands;
+use crate::pod::expansion::Expand;
+
+/// A pilot job that makes a Slurm or PBS allocation a Kubernetes Node.
+#[derive(Debug, Parser)]
+#[command(name = "jiriaf-pilot", version, about, max_term_width = 110)]
+struct Cli {
+    /// What is logged: error, warn, info, debug, or per module as in tracing's filter syntax.
+    #[arg(long, global = true, env = "JIRIAF_LOG", default_value = "info")]
+    log: String,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Joins the cluster as a Node and runs its pods until the allocation ends.
+    Run(Box<RunArgs>),
+    /// The pilot itself, started by `run`'s guardian.
+    #[command(hide = true)]
+    Pilot(Box<RunArgs>),
+    /// Runs the Pods and Jobs of Kubernetes manifests here and now, with no cluster and no batch system.
+    Play(Box<PlayArgs>),
+    /// Prints what the batch system granted, and where each fact was learnt.
+    Allocation(AllocationArgs),
+    /// Says what would go wrong, before the job is submitted or inside it, with the mend for each.
+    Check(Box<RunArgs>),
+    /// Removes what dead pilots of this user left on disk.
+    Clean(CleanArgs),
+}
+
+/// How `allocation` prints.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum Output {
+    /// A table for people.
+    Text,
+    /// JSON for programs.
+    Json,
+}
+
+/// How pod directories are laid out beneath the pods directory.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum PodsLayout {
+    /// `<pods-dir>/<pod name>`.
+    Pod,
+    /// `<pods-dir>/<namespace>/<pod name>`.
+    Namespaced,
+}
+
+/// How variables in args and env are expanded.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum ExpandArg {
+    /// Kubernetes' `$(VAR)`, and besides a leading `~` and `$NAME` as JIRIAF's pods expect.
+    Jiriaf,
+    /// Kubernetes' `$(VAR)` alone.
+    Kubernetes,
+}
+
+impl From<ExpandArg> for Expand {
+    fn from(arg: ExpandArg) -> Self {
+        match arg {
+            ExpandArg::Jiriaf => Self::Jiriaf,
+            ExpandArg::Kubernetes => Self::Kubernetes,
+        }
+    }
+}
+
+/// Settings of `allocation`.
+#[derive(Debug, Args)]
+pub struct AllocationArgs {
+    /// How to print.
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+    /// Walltime as `run` would take it.
+    #[arg(long, env = "JIRIAF_WALLTIME", value_parser = parse_walltime, value_name = "DURATION")]
+    pub walltime: Option<Walltime>,
+}
+
+/// Settings of `clean`.
+#[derive(Debug, Args)]
+pub struct CleanArgs {
+    /// Where pod directories are.
+    #[arg(long, env = "JIRIAF_PODS_DIR", value_name = "DIR")]
+    pub pods_dir: Option<PathBuf>,
+    /// Where pilots keep their state.
+    #[arg(long, env = "JIRIAF_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Only say what would be removed.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Settings that `run` and `play` share: where pods live and how their scripts start.
+#[derive(Debug, Clone, Args)]
+pub struct PodArgs {
+    /// How long the pilot lives, from its first start: seconds, `2h 30m`, `HH:MM:SS` or `D-HH:MM:SS`. The earlier of
+    /// this and the batch system's limit counts. 0: no walltime and alivetime labels.
+    #[arg(long, env = "JIRIAF_WALLTIME", value_parser = parse_walltime, value_name = "DURATION")]
+    pub walltime: Option<Walltime>,
+    /// Where pod directories are made [default: $HOME].
+    #[arg(long, env = "JIRIAF_PODS_DIR", value_name = "DIR")]
+    pub pods_dir: Option<PathBuf>,
+    /// How pod directories are laid out.
+    #[arg(long, env = "JIRIAF_PODS_LAYOUT", value_enum, default_value = "pod")]
+    pub pods_layout: PodsLayout,
+    /// Where the pilot keeps its state: a directory of its own (0700) on node-local storage
+    /// [default: jiriaf-pilot-<uid> under $TMPDIR or /tmp].
+    #[arg(long, env = "JIRIAF_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Names of environment variables that pods get although they look secret or misleading.
+    #[arg(long, env = "JIRIAF_PASS_ENV", value_delimiter = ',', value_name = "NAME")]
+    pub pass_env: Vec<String>,
+    /// What is replaced in args and env values.
+    #[arg(long, env = "JIRIAF_EXPAND", value_enum, default_value = "jiriaf")]
+    pub expand: ExpandArg,
+}
+
+/// Settings of `play`.
+#[derive(Debug, Args)]
+pub struct PlayArgs {
+    /// Manifests with Pods, Jobs and the ConfigMaps and Secrets that they use; `-` is standard input.
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Where pods live and how their scripts start.
+    #[command(flatten)]
+    pub pods: PodArgs,
+}
+
+/// Settings of `run` (and of `check`, which looks at what `run` would do).
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Credentials for the API server [default: ~/.kube/config, else in-cluster].
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The Node's name: a DNS name of at most 63 bytes [default: <site or cluster>-<job id>-<host>].
+    #[arg(long, env = "NODENAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// The Node's address [default: this host's address on the route to the API server].
+    #[arg(long, env = "VKUBELET_POD_IP", value_parser = parse_address, value_name = "IP")]
+    pub advertise_address: Option<String>,
+    /// The port kept for the Node's own API; 0 takes none until that API is served.
+    #[arg(long, env = "KUBELET_PORT", default_value_t = 0, value_name = "PORT")]
+    pub port: u16,
+    /// Serving certificate for the Node's own API.
+    #[arg(long, env = "APISERVER_CERT_LOCATION", value_name = "FILE")]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Key of the serving certificate.
+    #[arg(long, env = "APISERVER_KEY_LOCATION", value_name = "FILE")]
+    pub tls_private_key_file: Option<PathBuf>,
+    /// The label jiriaf.nodetype [default: gpu where there are GPUs, else cpu].
+    #[arg(long, env = "JIRIAF_NODETYPE", value_name = "TYPE")]
+    pub node_type: Option<String>,
+    /// The label jiriaf.site [default: the batch cluster's name].
+    #[arg(long, env = "JIRIAF_SITE", value_name = "SITE")]
+    pub site: Option<String>,
+    /// A further label of the Node; may be given several times.
+    #[arg(long = "label", env = "JIRIAF_LABELS", value_delimiter = ',', value_parser = parse_label, value_name = "KEY=VALUE")]
+    pub labels: Vec<(String, String)>,
+    /// A taint of the Node; the first one given replaces the default.
+    #[arg(
+        long = "taint",
+        env = "JIRIAF_TAINTS",
+        value_delimiter = ',',
+        value_parser = parse_taint,
+        value_name = "KEY[=VALUE]:EFFECT",
+        default_value = "virtual-kubelet.io/provider=mock:NoSchedule"
+    )]
+    pub taints: Vec<Taint>,
+    /// No taint: any pod may be scheduled here.
+    #[arg(long)]
+    pub no_taint: bool,
+    /// A further annotation of the Node; may be given several times.
+    #[arg(long = "annotation", env = "JIRIAF_ANNOTATIONS", value_delimiter = ',', value_parser = parse_pair, value_name = "KEY=VALUE")]
+    pub annotations: Vec<(String, String)>,
+    /// Only pods of these namespaces are run; those of others are refused [default: all].
+    #[arg(long, env = "JIRIAF_NAMESPACES", value_delimiter = ',', value_name = "NAMESPACE")]
+    pub namespaces: Vec<String>,
+    /// How long before the deadline no more pods are taken [default: 20 % of the time, 40 s to 120 s].
+    #[arg(long, env = "JIRIAF_CORDON_BEFORE", value_parser = parse_duration, value_name = "DURATION")]
+    pub cordon_before: Option<Duration>,
+    /// How long before the deadline pods are ended [default: 10 % of the time, 30 s to 60 s].
+    #[arg(long, env = "JIRIAF_DRAIN_BEFORE", value_parser = parse_duration, value_name = "DURATION")]
+    pub drain_before: Option<Duration>,
+    /// What the job script's --signal=B:USR1@N promises: that SIGUSR1 comes this long before the end.
+    #[arg(long, env = "JIRIAF_SIGNAL_LEAD", value_parser = parse_duration, value_name = "DURATION")]
+    pub signal_lead: Option<Duration>,
+    /// Between the batch system's SIGTERM and its SIGKILL [default: Slurm's KillWait less a margin; PBS: 8 s].
+    #[arg(long, env = "JIRIAF_KILL_WAIT", value_parser = parse_duration, value_name = "DURATION")]
+    pub kill_wait: Option<Duration>,
+    /// How long an API server that cannot be reached at the start is tried.
+    #[arg(long, env = "JIRIAF_STARTUP_TIMEOUT", value_parser = parse_duration, default_value = "5m", value_name = "DURATION")]
+    pub startup_timeout: Duration,
+    /// Where pods live and how their scripts start.
+    #[command(flatten)]
+    pub pods: PodArgs,
+}
+
+/// A taint as written on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taint {
+    /// The taint's key.
+    pub key: String,
+    /// Its value, where there is one.
+    pub value: Option<String>,
+    /// NoSchedule, PreferNoSchedule or NoExecute.
+    pub effect: String,
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    match parse_walltime(text) {
+        Ok(Walltime::Limited(duration)) => Ok(duration),
+        Ok(Walltime::None) => Ok(Duration::ZERO),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn parse_address(text: &str) -> Result<String, String> {
+    text.parse::<std::net::IpAddr>()
+        .map(|ip| ip.to_string())
+        .map_err(|_| "an IP address is wanted, such as 10.1.2.3".to_owned())
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().to_owned(), value.trim().to_owned())),
+        _ => Err("KEY=VALUE is wanted".to_owned()),
+    }
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = parse_pair(text)?;
+    let valid = value.len() <= 63
+        && value.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && value.bytes().next().is_none_or(|b| b.is_ascii_alphanumeric())
+        && value.bytes().last().is_none_or(|b| b.is_ascii_alphanumeric());
+    if valid {
+        Ok((key, value))
+    } else {
+        Err("a label's value has at most 63 letters, digits, '-', '_' and '.', and begins and ends with a letter or digit"
+            .to_owned())
+    }
+}
+
+fn parse_taint(text: &str) -> Result<Taint, String> {
+    let wanted = || "KEY[=VALUE]:EFFECT is wanted, EFFECT being NoSchedule, PreferNoSchedule or NoExecute".to_owned();
+    let (head, effect) = text.rsplit_once(':').ok_or_else(wanted)?;
+    if !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute") || head.is_empty() {
+        return Err(wanted());
+    }
+    let (key, value) = match head.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_owned())),
+        None => (head, None),
+    };
+    Ok(Taint { key: key.to_owned(), value, effect: effect.to_owned() })
+}
+
+/// Runs the program: the small stages first, which never look at the rest of the command line, then the commands.
 #[must_use]
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    match args.get(1).and_then(|arg| arg.to_str()) {
+        Some("supervise") => return crate::container::supervise(),
+        Some("launch") => return crate::container::launch(),
+        _ => {}
+    }
+    let cli = Cli::parse();
+    match cli.command {
+        // The guardian hands the same arguments to the pilot; parsing them here first makes a bad one cost nothing.
+        Command::Run(run) => commands::run::guard(&run, args),
+        Command::Pilot(run) => with_log(&cli.log, || commands::run::pilot(*run)),
+        Command::Play(play) => with_log(&cli.log, || commands::play::run(*play)),
+        Command::Allocation(allocation) => with_log(&cli.log, || commands::allocation::run(&allocation)),
+        Command::Check(run) => with_log("warn", || commands::check::run(*run)),
+        Command::Clean(clean) => with_log(&cli.log, || commands::clean::run(&clean)),
+    }
+}
+
+/// Sets the log up on standard error, then runs the command.
+fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
+    use std::io::IsTerminal;
+    let filter = match tracing_subscriber::EnvFilter::try_new(filter) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("error: invalid value '{filter}' for '--log': {error}; wanted: error, warn, info or debug");
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    command()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn taints_are_read_as_kubectl_writes_them() {
+        let taint = parse_taint("virtual-kubelet.io/provider=mock:NoSchedule").unwrap();
+        assert_eq!(taint.key, "virtual-kubelet.io/provider");
+        assert_eq!(taint.value.as_deref(), Some("mock"));
+        assert_eq!(taint.effect, "NoSchedule");
+        assert_eq!(parse_taint("a:NoExecute").unwrap().value, None);
+        for bad in ["", ":NoSchedule", "a=b", "a=b:Never"] {
+            assert!(parse_taint(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_and_named() {
+        for (args, named) in [
+            (vec!["jiriaf-pilot", "run", "--walltime", "soon"], "--walltime"),
+            (vec!["jiriaf-pilot", "run", "--advertise-address", "here"], "--advertise-address"),
+            (vec!["jiriaf-pilot", "run", "--label", "a=b c"], "--label"),
+            (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
+            (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
+        ] {
+            let error = Cli::try_parse_from(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
 }

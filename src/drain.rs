@@ -1,1 +1,130 @@
-//! The end: cordon, drain, report, remove.
+//! The end: when the pilot stops taking pods, when it ends those that it has, and how the time that is left is shared.
+//!
+//! [`Timing::new`] and [`share`] decide; `commands::run` carries it out.
+
+use std::time::{Duration, SystemTime};
+
+use crate::node::Timing;
+
+/// Less than this at the start is not worth a Node: the shortest drain needs 30 s of it.
+pub const LEAST_TIME: Duration = Duration::from_secs(45);
+
+/// The pilot is gone this long before the deadline, whatever happens.
+pub const SAFETY: Duration = Duration::from_secs(1);
+
+/// The most that is kept for reporting. The API server answers in milliseconds, but it may be restarting.
+const REPORT_MOST: Duration = Duration::from_secs(15);
+
+/// How long before the deadline the pilot stops taking pods, and ends those it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leads {
+    /// Before the deadline: no more pods.
+    pub cordon: Duration,
+    /// Before the deadline: pods are ended.
+    pub drain: Duration,
+}
+
+impl Leads {
+    /// The leads for an allocation that had `left` when the pilot started: cordon 20 % but 40 s to 120 s, drain 10 % but
+    /// 30 s to 60 s, unless the settings say otherwise. The cordon never comes after the drain.
+    #[must_use]
+    pub fn new(left: Duration, cordon: Option<Duration>, drain: Option<Duration>) -> Self {
+        let second = Duration::from_secs(1);
+        let drain = drain.unwrap_or_else(|| (left / 10).clamp(30 * second, 60 * second));
+        let cordon = cordon.unwrap_or_else(|| (left / 5).clamp(40 * second, 120 * second));
+        Self { cordon: cordon.max(drain), drain }
+    }
+
+    /// The moments that belong to a deadline.
+    #[must_use]
+    pub fn timing(&self, deadline: SystemTime) -> Timing {
+        let before = |lead| deadline.checked_sub(lead).unwrap_or(SystemTime::UNIX_EPOCH);
+        Timing { deadline, cordon: before(self.cordon), drain: before(self.drain) }
+    }
+}
+
+/// Where in its life a pilot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Takes pods.
+    Open,
+    /// Takes no more pods.
+    Cordoned,
+    /// Ends the pods that it has.
+    Draining,
+}
+
+/// The phase at `now`, and how long until the next one; no wait when there is none to come.
+#[must_use]
+pub fn phase(timing: Option<&Timing>, now: SystemTime) -> (Phase, Option<Duration>) {
+    let Some(timing) = timing else { return (Phase::Open, None) };
+    let until = |moment: SystemTime| moment.duration_since(now).ok().filter(|left| !left.is_zero());
+    match (until(timing.cordon), until(timing.drain)) {
+        (_, None) => (Phase::Draining, None),
+        (None, wait) => (Phase::Cordoned, wait),
+        (wait, Some(_)) => (Phase::Open, wait),
+    }
+}
+
+/// How a drain shares what is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Containers may take this long after their SIGTERM; then SIGKILL.
+    pub grace: Duration,
+    /// Reporting may take until this long after the drain's start.
+    pub report: Duration,
+    /// The Node is removed and the pilot gone by then, counted from the drain's start.
+    pub end: Duration,
+}
+
+/// Shares `budget`, the time from now until somebody kills us: min(15 s, half) is kept for reporting, and the last
+/// second for nothing at all.
+#[must_use]
+pub fn share(budget: Duration) -> Share {
+    let kept = REPORT_MOST.min(budget / 2);
+    let end = budget.saturating_sub(SAFETY);
+    // Removing the Lease and the Node is two calls; they get the last tenth of what is kept, at most 2 s.
+    let remove = (kept / 10).min(Duration::from_secs(2));
+    Share { grace: budget - kept, report: end.saturating_sub(remove), end }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn leads_are_a_part_of_the_time_within_bounds() {
+        for (left, cordon, drain) in [(60, 40, 30), (118, 40, 30), (250, 50, 30), (400, 80, 40), (3600, 120, 60)] {
+            assert_eq!(Leads::new(s(left), None, None), Leads { cordon: s(cordon), drain: s(drain) }, "{left}");
+        }
+        assert_eq!(Leads::new(s(3600), Some(s(10)), Some(s(20))), Leads { cordon: s(20), drain: s(20) });
+    }
+
+    #[test]
+    fn phases_follow_one_another() {
+        let deadline = SystemTime::UNIX_EPOCH + s(1000);
+        let timing = Leads { cordon: s(40), drain: s(30) }.timing(deadline);
+        let at = |left| phase(Some(&timing), deadline - s(left));
+        assert_eq!(at(100), (Phase::Open, Some(s(60))));
+        assert_eq!(at(40), (Phase::Cordoned, Some(s(10))));
+        assert_eq!(at(30), (Phase::Draining, None));
+        assert_eq!(phase(Some(&timing), deadline + s(5)), (Phase::Draining, None));
+        assert_eq!(phase(None, deadline), (Phase::Open, None));
+    }
+
+    #[test]
+    fn a_budget_is_shared_and_ends_before_the_deadline() {
+        assert_eq!(share(s(60)), Share { grace: s(45), report: Duration::from_millis(57_500), end: s(59) });
+        assert_eq!(share(s(8)).grace, s(4));
+        for seconds in 0..120 {
+            let budget = s(seconds);
+            let got = share(budget);
+            assert!(got.report <= got.end && got.end <= budget && got.grace <= budget, "{seconds}");
+            assert!(budget < s(4) || got.grace < got.report, "{seconds}");
+        }
+    }
+}

@@ -15,4 +15,5 @@ pub mod container;
 
 pub mod allocation;
 
+pub mod cluster;
 pub mod files;

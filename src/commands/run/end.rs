@@ -1,0 +1,199 @@
+//! The end, carried out: cordon, SIGTERM, grace, SIGKILL, every final status, Lease and Node, the table.
+//!
+//! [`end`] returns before the deadline whatever happens; what could not be done by then is said.
+
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::holds;
+use super::setup::Pilot;
+use super::signals::{Signal, Signals};
+use crate::drain::{self, SAFETY, Share};
+use crate::pod::manager::Gate;
+use crate::pod::outcome;
+
+/// How long the batch system is asked whether more time is left than the SIGTERM allows for.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long somebody at a terminal waits at most, where no deadline is nearer: the default grace of a pod is 30 s.
+const INTERRUPT_BUDGET: Duration = Duration::from_secs(60);
+
+/// What is left to containers after a second SIGINT.
+const HURRY: Duration = Duration::from_secs(1);
+
+/// How long Jobs' tracking finalizers may take: the Job controller answers in a second or two when it lives.
+const FINALIZERS_LIMIT: Duration = Duration::from_secs(3);
+
+/// Longest wait for the events that are still to be sent.
+const EVENTS_LIMIT: Duration = Duration::from_secs(2);
+
+/// Longer than any pod's own grace may be cut to: "no cut yet".
+const NO_CUT: Duration = Duration::from_secs(24 * 3600);
+
+/// Why a pilot ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The drain time has come.
+    Deadline,
+    /// SIGTERM or SIGHUP.
+    Terminated,
+    /// SIGINT.
+    Interrupted,
+}
+
+/// Ends everything and says how it went.
+pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
+    let start = Instant::now();
+    let deadline = pilot.timing.borrow().as_ref().map(|t| t.deadline);
+    let budget = first_budget(why, deadline, SystemTime::now(), pilot.kill_wait);
+    tracing::info!(?why, budget = budget.as_secs_f32(), "draining");
+    pilot.draining.send_replace(true);
+    pilot.manager.gate(Gate::Holding).await;
+    // After a SIGTERM it is not known yet whether more time is left; pods have their own grace until it is.
+    let first_grace = if why == End::Terminated { NO_CUT } else { drain::share(budget).grace };
+    pilot.manager.shutdown(first_grace).await;
+    let work = carry_out(&pilot, why, start, budget);
+    tokio::pin!(work);
+    let mut interrupts = u32::from(why == End::Interrupted);
+    let done = loop {
+        tokio::select! {
+            done = &mut work => break done,
+            signal = signals.next() => match signal {
+                Signal::Interrupt => {
+                    interrupts += 1;
+                    if interrupts > 1 {
+                        tracing::warn!("hurrying: containers are killed in {} s", HURRY.as_secs());
+                        pilot.manager.shutdown(HURRY).await;
+                    }
+                }
+                Signal::Terminate => tracing::info!("SIGTERM during the drain changes nothing"),
+                Signal::Ask => {}
+            },
+        }
+    };
+    report(&pilot, &done).await
+}
+
+/// The time from now until somebody kills us, as far as is known at once.
+fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wait: Duration) -> Duration {
+    let left = deadline.map(|d| d.duration_since(now).unwrap_or_default());
+    match why {
+        End::Deadline => left.unwrap_or(kill_wait),
+        // At the limit itself the deadline is over when the SIGTERM comes, and the kill wait is what is left.
+        End::Terminated => kill_wait,
+        End::Interrupted => left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET),
+    }
+}
+
+/// How far the end came.
+struct Done {
+    /// Pods that had not ended when the time was over.
+    running: usize,
+    /// Final statuses that the API server never acknowledged.
+    unreported: usize,
+    /// What became of the Node.
+    node: Result<(), String>,
+}
+
+async fn carry_out(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
+    tokio::select! {
+        done = end_pods(pilot, why, start, budget) => done,
+        never = cordon(pilot) => never,
+    }
+}
+
+/// Cordons the Node and closes the gate. Until the cordon is acknowledged pods that arrive wait; rejecting them would
+/// bring a storm of replacements.
+async fn cordon(pilot: &Pilot) -> Done {
+    while let Err(error) = pilot.node.cordon().await {
+        tracing::warn!(%error, "the Node could not be cordoned; it is tried again");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    pilot.manager.gate(Gate::Closed).await;
+    std::future::pending().await
+}
+
+async fn end_pods(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
+    if why != End::Terminated {
+        return finish(pilot, start, drain::share(budget)).await;
+    }
+    let asked = pilot.tracker.ask_and_wait(ASK_LIMIT).await;
+    let more = asked.and_then(|d| d.at.duration_since(SystemTime::now()).ok()).map(|left| left + start.elapsed());
+    let whole = more.unwrap_or_default().max(budget);
+    if whole > budget {
+        tracing::info!(seconds = whole.as_secs(), "the batch system leaves more time than its kill wait");
+    }
+    let share = drain::share(whole);
+    pilot.manager.shutdown(share.grace.saturating_sub(start.elapsed())).await;
+    finish(pilot, start, share).await
+}
+
+async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
+    let left = |until: Duration| until.saturating_sub(start.elapsed());
+    let mut counts = pilot.manager.counts();
+    holds(&mut counts, left(share.report), |c| c.active == 0 && c.unreported == 0).await;
+    let now = *counts.borrow();
+    if now.active == 0 && now.unreported == 0 {
+        holds(&mut counts, left(share.report).min(FINALIZERS_LIMIT), |c| c.tracked == 0).await;
+    }
+    pilot.context.events.flush(left(share.report).min(EVENTS_LIMIT)).await;
+    let node = pilot.node.remove(left(share.end).max(SAFETY / 2)).await.map_err(|error| error.to_string());
+    let now = *counts.borrow();
+    Done { running: now.active, unreported: now.unreported, node }
+}
+
+async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
+    let strays = crate::container::end_marked(&pilot.context.identity.mark);
+    if strays > 0 {
+        tracing::warn!(strays, "processes that had left their containers were killed");
+    }
+    let summary = pilot.manager.summary().await;
+    let table = outcome::table(&summary.outcomes);
+    if table.is_empty() {
+        println!("No pods ran.");
+    } else {
+        print!("{table}");
+    }
+    if summary.forgotten > 0 {
+        println!("… and {} before them: see {}", summary.forgotten, pilot.context.places.kept.display());
+    }
+    let mut code = ExitCode::SUCCESS;
+    if done.running > 0 {
+        tracing::error!(pods = done.running, "the time was over before these pods had ended; the batch system kills them");
+        code = ExitCode::from(1);
+    }
+    if done.unreported > 0 {
+        tracing::error!(
+            pods = done.unreported,
+            kept = %pilot.context.places.kept.display(),
+            "final statuses that the API server never acknowledged; the rows NOT REPORTED above and the kept files have them"
+        );
+        code = ExitCode::from(1);
+    }
+    match &done.node {
+        Ok(()) => tracing::info!("Node and Lease are removed"),
+        Err(problem) => {
+            tracing::error!(node = pilot.context.identity.node, problem, "the Node could not be removed");
+            code = ExitCode::from(1);
+        }
+    }
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_budget_is_what_is_left_before_somebody_kills_us() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let s = Duration::from_secs;
+        assert_eq!(first_budget(End::Deadline, Some(now + s(30)), now, s(27)), s(30));
+        assert_eq!(first_budget(End::Terminated, Some(now + s(3000)), now, s(27)), s(27));
+        assert_eq!(first_budget(End::Terminated, Some(now - s(3)), now, s(27)), s(27));
+        assert_eq!(first_budget(End::Interrupted, None, now, s(27)), s(60));
+        assert_eq!(first_budget(End::Interrupted, Some(now + s(20)), now, s(27)), s(20));
+    }
+}

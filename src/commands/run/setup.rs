@@ -1,0 +1,617 @@
+//! From the command line to a registered Node: each step either works or says what to do about it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::allocation::deadline::{Deadline, Tracker, TrackerHandle, TrackerSettings};
+use crate::allocation::duration::Walltime;
+use crate::allocation::{self, Allocation, BatchSystem, Environment};
+use crate::cli::{PodArgs, PodsLayout, RunArgs};
+use crate::cluster::{ClusterError, Kube};
+use crate::container::{Session, Supervisors};
+use crate::drain::{LEAST_TIME, Leads};
+use crate::files;
+use crate::guardian::GuardianLink;
+use crate::node::{self, NodeConfig, NodeHandle, Timing};
+use crate::pod::admission::NodeFacts;
+use crate::pod::api::{Api, Cluster};
+use crate::pod::context::{Context, Identity, Places, Policy};
+use crate::pod::directory::{self, ProcessIdentity};
+use crate::pod::events::Events;
+use crate::pod::manager::{self, Manager};
+use crate::pod::record::Records;
+use crate::pod::{environment, source};
+
+/// How long a container goes on without a pilot; the guardian has started another one long before.
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// On PBS each end of a container is held back so long: its SIGTERM reaches all processes of a job within 15 ms.
+const PBS_HOLD: Duration = Duration::from_millis(250);
+
+/// Pods at once: kubelet's own default is 110 (kubelet config, maxPods); virtual-kubelet-cmd said 1000.
+const PODS: u32 = 1000;
+
+/// A pilot that lives, with all that it is made of.
+pub struct Pilot {
+    /// The Node.
+    pub node: NodeHandle,
+    /// The pods.
+    pub manager: Manager,
+    /// What all pods share.
+    pub context: Arc<Context>,
+    /// Who knows the deadline.
+    pub tracker: TrackerHandle,
+    /// The deadline and what follows from it.
+    pub timing: watch::Receiver<Option<Timing>>,
+    /// Turned true when the drain begins.
+    pub draining: watch::Sender<bool>,
+    /// Between the batch system's SIGTERM and its SIGKILL.
+    pub kill_wait: Duration,
+    /// The guardian.
+    pub link: Arc<GuardianLink>,
+    /// This pilot's directory.
+    pub state_dir: PathBuf,
+    /// Held while the pilot lives.
+    pub holds: Holds,
+}
+
+/// What is held only so that nobody else takes it.
+pub struct Holds {
+    _lock: Flock<File>,
+    _port: Option<OwnedFd>,
+}
+
+/// Why the pilot did not come to life.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// A setting is no good.
+    #[error("{0}")]
+    Setting(String),
+    /// A place on disk is no good.
+    #[error("{what} {path}: {problem}; {mend}", path = path.display())]
+    Place {
+        /// What it is for.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+        /// The way out.
+        mend: &'static str,
+    },
+    /// Too little time is left.
+    #[error(
+        "only {left} s are left until {deadline} ({source_name}), and a pilot needs {} s to register and to drain; ask \
+         for more walltime", LEAST_TIME.as_secs()
+    )]
+    TooLate {
+        /// Seconds left.
+        left: u64,
+        /// The deadline, RFC 3339.
+        deadline: String,
+        /// Where it was learnt.
+        source_name: String,
+    },
+    /// There is no way to the API server.
+    #[error("{0}")]
+    Cluster(#[from] ClusterError),
+    /// The Node cannot be registered.
+    #[error("{0}")]
+    Node(#[from] node::NodeError),
+}
+
+impl SetupError {
+    /// 2 for a setting, 1 for what the world refuses.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Setting(_)) { 2 } else { 1 }
+    }
+
+    /// Whether the API server refused the credential.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Cluster(ClusterError::Refused { .. } | ClusterError::Expired { .. }) => true,
+            Self::Node(error) => error.is_forbidden(),
+            _ => false,
+        }
+    }
+}
+
+/// The checks that need neither network nor batch system; also made before the guardian starts anything.
+///
+/// # Errors
+/// When a setting is no good: its flag, its value, and what is wanted.
+pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
+    if let Some(name) = args.node_name.as_deref() {
+        node::labels::check_node_name(name)
+            .map_err(|error| SetupError::Setting(format!("invalid value '{name}' for '--node-name' (NODENAME): {error}")))?;
+    }
+    match (&args.tls_cert_file, &args.tls_private_key_file) {
+        (None, None) => {}
+        (Some(cert), Some(key)) => {
+            for (flag, file) in [("--tls-cert-file", cert), ("--tls-private-key-file", key)] {
+                File::open(file).map_err(|error| {
+                    SetupError::Setting(format!(
+                        "invalid value '{}' for '{flag}': {error}; a readable PEM file is wanted",
+                        file.display()
+                    ))
+                })?;
+            }
+        }
+        _ => {
+            return Err(SetupError::Setting(
+                "--tls-cert-file and --tls-private-key-file are given together or not at all".to_owned(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What a process must be before it is a pilot: unreadable to other processes of the user, and the one to whom the
+/// processes of a dead supervisor come.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn become_pilot() -> io::Result<()> {
+    nix::sys::prctl::set_dumpable(false)?;
+    nix::sys::prctl::set_child_subreaper(true)?;
+    Ok(())
+}
+
+/// What survives a crash of the pilot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct PilotState {
+    version: u32,
+    /// A name of this pilot that no other has.
+    instance: String,
+    boot: String,
+    first_start: SystemTime,
+    /// The time that was left at the first start, in seconds: the leads are a part of it.
+    first_left: Option<u64>,
+}
+
+const PILOT_STATE_VERSION: u32 = 1;
+
+/// The default state directory: node-local, one a user.
+#[must_use]
+pub fn default_state_dir(env: &Environment) -> PathBuf {
+    let tmp = env.get("TMPDIR").filter(|dir| Path::new(dir).is_dir()).unwrap_or("/tmp").to_owned();
+    Path::new(&tmp).join(format!("jiriaf-pilot-{}", nix::unistd::getuid()))
+}
+
+/// Brings the pilot to life.
+///
+/// # Errors
+/// When something that it needs is not there; nothing is registered then.
+pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupError> {
+    check_settings(args)?;
+    let env = Environment::from_process();
+    let allocation = allocation::detect(&env, &allocation::DetectSettings::default()).await;
+    let home = env.get("HOME").map(PathBuf::from);
+    let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
+
+    let site = args.site.clone().filter(|s| !s.is_empty()).or_else(|| allocation.cluster.as_ref().map(|c| c.value.clone()));
+    let site = site.unwrap_or_else(|| "local".to_owned());
+    let name = node_name(args, &site, &allocation);
+    let state_root = args.pods.state_dir.clone().unwrap_or_else(|| default_state_dir(&env));
+    let state_dir = state_root.join(&name);
+    private("state directory", &state_root)?;
+    private("state directory", &state_dir)?;
+    let lock = take_lock(&state_dir)?;
+    let port = take_port(args.port)?;
+    let places = places(&args.pods, &env, allocation.job_id.as_ref().map(|j| j.value.as_str()), &name)?;
+    let mut state = load_state(&state_dir)?;
+    link.set_state_dir(&state_dir);
+
+    // The deadline: known before anything is registered.
+    let walltime = match args.pods.walltime {
+        Some(Walltime::Limited(duration)) => Some(duration),
+        Some(Walltime::None) | None => None,
+    };
+    let settings = TrackerSettings {
+        walltime,
+        first_start: state.first_start,
+        credential_expiry: kube.expires,
+        signal_lead: args.signal_lead,
+        ..TrackerSettings::default()
+    };
+    let (mut deadline, tracker) = Tracker::spawn(&allocation, env.clone(), settings);
+    let first = deadline.borrow_and_update().clone();
+    let left = first.as_ref().map(|d| d.at.duration_since(SystemTime::now()).unwrap_or_default());
+    if let (Some(first), Some(left)) = (&first, left)
+        && state.first_left.is_none()
+        && left < LEAST_TIME
+    {
+        return Err(SetupError::TooLate {
+            left: left.as_secs(),
+            deadline: rfc3339(first.at),
+            source_name: first.source.clone(),
+        });
+    }
+    state.first_left = state.first_left.or(left.map(|left| left.as_secs()));
+    save_state(&state_dir, &state)?;
+    let kill_wait = match args.kill_wait {
+        Some(given) => given,
+        None => allocation::kill_wait(&env, allocation.batch).await.value,
+    };
+    say_what_was_granted(&allocation, &name, first.as_ref(), kill_wait);
+
+    let client = kube.connect(args.startup_timeout).await?;
+    let ip = match &args.advertise_address {
+        Some(ip) => ip.clone(),
+        None => {
+            let (host, port) = kube.host_port();
+            node::info::advertise_address(&host, port).await.map_err(|error| {
+                SetupError::Setting(format!(
+                    "this host's address on the route to {host}:{port} cannot be found ({error}); name it with --advertise-address"
+                ))
+            })?
+        }
+    };
+
+    let leads = Leads::new(state.first_left.map_or(Duration::MAX, Duration::from_secs), args.cordon_before, args.drain_before);
+    let (timing_tx, timing) = watch::channel(first.as_ref().map(|d| leads.timing(d.at)));
+    let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
+    let link = Arc::new(link);
+    link.set_deadline(first.map(|d| d.at));
+    tokio::spawn(follow_deadline(deadline, leads, timing_tx, drain_tx, Arc::clone(&link)));
+
+    let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
+    let facts = facts(&config, args);
+    let node = node::register(client.clone(), config, timing.clone()).await?;
+
+    let (draining_tx, draining) = watch::channel(false);
+    let mark = name.clone();
+    let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone())
+        .map_err(|error| place("state directory", &state_dir, &error, "choose another place with --state-dir"))?;
+    let context = Arc::new(Context {
+        api: Api::Cluster(Cluster::new(client.clone())),
+        events: Events::to_cluster(client.clone(), &name),
+        supervisors: Arc::new(supervisors),
+        records: Records::open(&state_dir.join("pods"))
+            .map_err(|error| place("state directory", &state_dir, &error, "choose another place with --state-dir"))?,
+        identity: Identity {
+            node: Some(name.clone()),
+            ip,
+            host: allocation.host.clone(),
+            job: allocation.job_id.as_ref().map(|j| j.value.clone()),
+            process: this_process(),
+            mark,
+        },
+        places,
+        inherited: environment::inherited(env.iter(), &args.pods.pass_env),
+        expand: args.pods.expand.into(),
+        allocatable: facts.allocatable.clone(),
+        drain,
+        draining,
+        policy: policy(allocation.batch),
+        output: None,
+    });
+    spawn_housekeeping(&context);
+    let recovered = recover(&context).await;
+    let manager = manager::spawn(manager::Setup {
+        context: Arc::clone(&context),
+        pods: source::watch(client, &name),
+        facts: node.facts(facts),
+        recovered,
+    });
+    tracing::info!(node = name, "Node registered; pods are taken");
+    let holds = Holds { _lock: lock, _port: port };
+    Ok(Pilot { node, manager, context, tracker, timing, draining: draining_tx, kill_wait, link, state_dir, holds })
+}
+
+fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
+    match args.node_name.as_deref().filter(|name| !name.is_empty()) {
+        // Several tasks of a job may share a NODENAME that the job script exports.
+        Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
+        Some(name) => name.to_owned(),
+        None => node::labels::node_name(
+            site,
+            allocation.job_id.as_ref().map(|j| j.value.as_str()),
+            allocation.restart_count,
+            &allocation.host,
+        ),
+    }
+}
+
+fn place(what: &'static str, path: &Path, problem: &dyn std::fmt::Display, mend: &'static str) -> SetupError {
+    SetupError::Place { what, path: path.to_owned(), problem: problem.to_string(), mend }
+}
+
+fn private(what: &'static str, path: &Path) -> Result<(), SetupError> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(|error| place(what, parent, &error, "choose another place with --state-dir"))?;
+    }
+    files::private_dir(path).map_err(|error| place(what, path, &error, "choose another place with --state-dir"))
+}
+
+fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
+    let path = state_dir.join("lock");
+    let mend = "another pilot on this host has this Node's name; give this one another with --node-name (NODENAME)";
+    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = open.map_err(|error| place("lock", &path, &error, "choose another place with --state-dir"))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| place("lock", &path, &format!("held by another process ({error})"), mend))
+}
+
+/// Keeps the port for the Node's own API. It is bound but not listened on, so nobody can connect.
+fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
+    use std::os::fd::AsRawFd;
+    if port == 0 {
+        return Ok(None);
+    }
+    let taken = || -> nix::Result<OwnedFd> {
+        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(socket.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port))?;
+        Ok(socket)
+    };
+    taken().map(Some).map_err(|error| {
+        SetupError::Setting(format!(
+            "invalid value '{port}' for '--port' (KUBELET_PORT): {}; a free port is wanted, or 0",
+            error.desc()
+        ))
+    })
+}
+
+/// The places of pods; the pods directory is made and written to, so that a full or read-only one is known at once.
+pub(super) fn places(
+    args: &PodArgs,
+    env: &Environment,
+    job: Option<&str>,
+    name: &str,
+) -> Result<Places, SetupError> {
+    let home = env.get("HOME").map(PathBuf::from).ok_or_else(|| {
+        SetupError::Setting("HOME is not set; set it to your home directory (pods see it too)".to_owned())
+    })?;
+    let pods = args.pods_dir.clone().unwrap_or_else(|| home.clone());
+    let mend = "make room or permit writing there, or choose another place with --pods-dir (JIRIAF_PODS_DIR)";
+    let fail = |error: io::Error| place("pods directory", &pods, &error, mend);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods).map_err(fail)?;
+    let pods = fs::canonicalize(&pods).map_err(fail)?;
+    let kept_root = pods.join(directory::KEPT);
+    let kept = kept_root.join(node::labels::label_value(job.unwrap_or(name)));
+    directory::make_kept(&kept).map_err(fail)?;
+    let probe = kept.join(format!(".probe-{}", std::process::id()));
+    fs::write(&probe, [0u8; 4096]).map_err(fail)?;
+    fs::remove_file(&probe).map_err(fail)?;
+    Ok(Places { pods, namespaced: args.pods_layout == PodsLayout::Namespaced, kept, home })
+}
+
+fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
+    let path = state_dir.join("pilot.json");
+    let boot = crate::container::process::boot_id();
+    let fresh = || PilotState {
+        version: PILOT_STATE_VERSION,
+        instance: instance(),
+        boot: boot.clone(),
+        first_start: SystemTime::now(),
+        first_left: None,
+    };
+    let restarted = std::env::var_os("JIRIAF_RESTARTED").is_some();
+    match fs::read(&path) {
+        Ok(bytes) => match serde_json::from_slice::<PilotState>(&bytes) {
+            // Only a pilot that its guardian has restarted takes up the old life; anyone else begins a new one.
+            Ok(state) if state.version == PILOT_STATE_VERSION && state.boot == boot && restarted => Ok(state),
+            Ok(_) => Ok(fresh()),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "the pilot's state cannot be read; it begins anew");
+                Ok(fresh())
+            }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(fresh()),
+        Err(error) => Err(place("state directory", &path, &error, "choose another place with --state-dir")),
+    }
+}
+
+fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), SetupError> {
+    let path = state_dir.join("pilot.json");
+    let bytes = serde_json::to_vec_pretty(state).map_err(io::Error::from);
+    bytes
+        .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600))
+        .map_err(|error| place("state directory", &path, &error, "make room there or choose another with --state-dir"))
+}
+
+/// A name that no other pilot has: the kernel makes one at each read.
+fn instance() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/uuid").map_or_else(
+        |_| format!("{}-{:?}", std::process::id(), SystemTime::now()),
+        |uuid| uuid.trim().to_owned(),
+    )
+}
+
+/// This process, as markers name it.
+pub(super) fn this_process() -> ProcessIdentity {
+    let pid = nix::unistd::getpid().as_raw();
+    ProcessIdentity {
+        pid,
+        start: crate::container::process::start_time(pid).unwrap_or_default(),
+        boot: crate::container::process::boot_id(),
+    }
+}
+
+fn rfc3339(at: SystemTime) -> String {
+    jiff::Timestamp::try_from(at)
+        .and_then(|t| t.round(jiff::Unit::Second))
+        .map_or_else(|_| "?".to_owned(), |t| t.to_string())
+}
+
+fn say_what_was_granted(allocation: &Allocation, node: &str, deadline: Option<&Deadline>, kill_wait: Duration) {
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node,
+        host = allocation.host,
+        batch = allocation.batch.label(),
+        job = allocation.job_id.as_ref().map(|j| j.value.as_str()),
+        cpus = allocation.cpus.value.len(),
+        memory_mib = allocation.memory.value >> 20,
+        gpus = allocation.gpus.value.len(),
+        deadline = deadline.map(|d| rfc3339(d.at)),
+        deadline_from = deadline.map(|d| d.source.as_str()),
+        kill_wait = kill_wait.as_secs(),
+        "allocation"
+    );
+}
+
+/// Hands a deadline that moves to everybody whom it concerns.
+async fn follow_deadline(
+    mut deadline: watch::Receiver<Option<Deadline>>,
+    leads: Leads,
+    timing: watch::Sender<Option<Timing>>,
+    drain: watch::Sender<Option<SystemTime>>,
+    link: Arc<GuardianLink>,
+) {
+    while deadline.changed().await.is_ok() {
+        let now = deadline.borrow_and_update().clone();
+        let next = now.as_ref().map(|d| leads.timing(d.at));
+        let moved = timing.borrow().as_ref().map(|t| t.deadline) != next.as_ref().map(|t| t.deadline);
+        if !moved {
+            continue;
+        }
+        tracing::info!(
+            deadline = now.as_ref().map(|d| rfc3339(d.at)),
+            from = now.as_ref().map(|d| d.source.as_str()),
+            drain = next.as_ref().map(|t| rfc3339(t.drain)),
+            "the deadline has moved"
+        );
+        link.set_deadline(now.map(|d| d.at));
+        drain.send_replace(next.as_ref().map(|t| t.drain));
+        timing.send_replace(next);
+    }
+}
+
+fn node_config(
+    args: &RunArgs,
+    name: &str,
+    site: &str,
+    ip: &str,
+    allocation: &Allocation,
+    state: &PilotState,
+    places: &Places,
+) -> NodeConfig {
+    let gpus = &allocation.gpus.value;
+    let node_type = args.node_type.clone().filter(|t| !t.is_empty());
+    let node_type = node_type.unwrap_or_else(|| if gpus.is_empty() { "cpu" } else { "gpu" }.to_owned());
+    let mut labels: BTreeMap<String, String> = BTreeMap::from([
+        ("jiriaf.nodetype".to_owned(), node::labels::label_value(&node_type)),
+        ("jiriaf.site".to_owned(), node::labels::label_value(site)),
+        ("jiriaf.batch".to_owned(), allocation.batch.label().to_owned()),
+    ]);
+    if let Some(job) = &allocation.job_id {
+        labels.insert("jiriaf.jobid".to_owned(), node::labels::label_value(&job.value));
+    }
+    labels.extend(args.labels.iter().cloned());
+    let mut counted: BTreeMap<String, u32> = BTreeMap::new();
+    for gpu in gpus {
+        *counted.entry(gpu.vendor.resource().to_owned()).or_default() += 1;
+    }
+    let taint = |taint: &crate::cli::Taint| k8s_openapi::api::core::v1::Taint {
+        key: taint.key.clone(),
+        value: taint.value.clone(),
+        effect: taint.effect.clone(),
+        time_added: None,
+    };
+    let taints = if args.no_taint { Vec::new() } else { args.taints.iter().map(taint).collect() };
+    NodeConfig {
+        name: name.to_owned(),
+        labels,
+        annotations: args.annotations.iter().cloned().collect(),
+        taints,
+        hostname: allocation.host.clone(),
+        internal_ip: ip.to_owned(),
+        capacity: node::Capacity {
+            cpus: allocation.cpus.value.len(),
+            memory_bytes: allocation.memory.value,
+            pods: PODS,
+            ephemeral_storage_bytes: free_bytes(&places.pods),
+            gpus: counted,
+        },
+        daemon_port: None,
+        instance: state.instance.clone(),
+        walltime: allocated(args, state),
+        publish_walltime: args.pods.walltime != Some(Walltime::None),
+    }
+}
+
+/// The walltime label: what `--walltime` says, else what was left at the first start.
+fn allocated(args: &RunArgs, state: &PilotState) -> Option<Duration> {
+    match args.pods.walltime {
+        Some(Walltime::Limited(duration)) => Some(duration),
+        Some(Walltime::None) => None,
+        None => state.first_left.map(Duration::from_secs),
+    }
+}
+
+fn free_bytes(path: &Path) -> u64 {
+    nix::sys::statvfs::statvfs(path).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()))
+}
+
+fn facts(config: &NodeConfig, args: &RunArgs) -> NodeFacts {
+    NodeFacts {
+        name: config.name.clone(),
+        labels: config.labels.clone(),
+        taints: config.taints.clone(),
+        allocatable: config.capacity.quantities(),
+        namespaces: (!args.namespaces.is_empty()).then(|| args.namespaces.iter().cloned().collect()),
+        shutting_down: false,
+    }
+}
+
+fn policy(batch: BatchSystem) -> Policy {
+    let pbs = matches!(batch, BatchSystem::Pbs | BatchSystem::Torque);
+    Policy {
+        session: if pbs { Session::Shared } else { Session::Own },
+        orphan_timeout: ORPHAN_TIMEOUT,
+        hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
+    }
+}
+
+/// What goes on beside the pods: remains of dead supervisors are ended, old logs go.
+pub(super) fn spawn_housekeeping(context: &Arc<Context>) {
+    let supervisors = Arc::clone(&context.supervisors);
+    tokio::spawn(async move { supervisors.reap_strays(allocation::command::is_ours).await });
+    let kept_root = context.places.pods.join(directory::KEPT);
+    tokio::task::spawn_blocking(move || directory::prune_kept(&kept_root, SystemTime::now()));
+}
+
+/// The pods of before a crash, each with the supervisors that are still there.
+async fn recover(context: &Arc<Context>) -> Vec<manager::Recovered> {
+    let records = context.records.load();
+    let mut found = match context.supervisors.find().await {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::error!(%error, "the supervisors of before the crash cannot be found");
+            Vec::new()
+        }
+    };
+    if !records.is_empty() {
+        tracing::info!(pods = records.len(), supervisors = found.len(), "taking up the pods of before the crash");
+    }
+    let mut recovered = Vec::new();
+    for record in records {
+        let (mine, others): (Vec<_>, Vec<_>) = found.into_iter().partition(|(id, _)| id.pod_uid == record.uid());
+        found = others;
+        recovered.push((record, mine));
+    }
+    for (id, supervisor) in found {
+        tracing::warn!(container = %id, "a supervisor without a pod's record is ended");
+        supervisor.kill().await;
+    }
+    recovered
+}

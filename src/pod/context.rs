@@ -1,0 +1,106 @@
+//! What all pods of a pilot share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, watch};
+
+use super::api::Api;
+use super::directory::ProcessIdentity;
+use super::events::Events;
+use super::expansion::Expand;
+use super::record::Records;
+use crate::container::{Session, Supervisors};
+
+/// A line of a container's output on its way to the terminal (`play`).
+#[derive(Debug, Clone)]
+pub struct OutputLine {
+    /// The pod's name.
+    pub pod: String,
+    /// The container's name.
+    pub container: String,
+    /// Whether it came on standard error.
+    pub stderr: bool,
+    /// The line, without its end.
+    pub line: String,
+}
+
+/// What all pods of a pilot share.
+pub struct Context {
+    /// Where objects come from and statuses go.
+    pub api: Api,
+    /// Where events go.
+    pub events: Events,
+    /// Starts containers.
+    pub supervisors: Arc<Supervisors>,
+    /// What survives a crash.
+    pub records: Records,
+    /// This pilot's Node, host and job.
+    pub identity: Identity,
+    /// Where pod directories are.
+    pub places: Places,
+    /// The environment that containers start from: the pilot's own, less what is secret or misleading.
+    pub inherited: Vec<(String, String)>,
+    /// What is replaced in args and env values.
+    pub expand: Expand,
+    /// CPUs (thousandths), memory and scratch (bytes) of the Node, for resourceFieldRef.
+    pub allocatable: super::environment::Allocatable,
+    /// When the pods will be ended, where that is known.
+    pub drain: watch::Receiver<Option<SystemTime>>,
+    /// True once the pilot drains.
+    pub draining: watch::Receiver<bool>,
+    /// How containers start and end.
+    pub policy: Policy,
+    /// Where output goes besides the log.
+    pub output: Option<mpsc::Sender<OutputLine>>,
+}
+
+/// This pilot's Node, host and job.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The Node's name; none for `play`.
+    pub node: Option<String>,
+    /// The Node's address.
+    pub ip: String,
+    /// This host's name.
+    pub host: String,
+    /// The batch job.
+    pub job: Option<String>,
+    /// The pilot's process.
+    pub process: ProcessIdentity,
+    /// The mark that every container's environment begins with.
+    pub mark: String,
+}
+
+/// Where pod directories are.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The pods directory.
+    pub pods: PathBuf,
+    /// Whether a namespace has a directory of its own.
+    pub namespaced: bool,
+    /// Where logs and outcomes are kept: `<pods>/.jiriaf-pilot/<job>`.
+    pub kept: PathBuf,
+    /// The user's home directory.
+    pub home: PathBuf,
+}
+
+/// How containers start and end.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// A session of its own, or the pilot's (PBS kills by session).
+    pub session: Session,
+    /// How long a container goes on without a pilot.
+    pub orphan_timeout: Duration,
+    /// How long a container's end is held back, to see whether the allocation ended too (PBS signals both).
+    pub hold_end: Duration,
+}
+
+impl Places {
+    /// The directory in which the pods of a namespace have theirs.
+    #[must_use]
+    pub fn parent(&self, namespace: &str) -> PathBuf {
+        if self.namespaced { self.pods.join(namespace) } else { self.pods.clone() }
+    }
+}

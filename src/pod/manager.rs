@@ -1,0 +1,518 @@
+//! All pods of this Node: who is admitted, who is refused, who has ended.
+//!
+//! [`spawn`] starts the manager and returns its [`Manager`] handle. It alone decides on admission, one pod after
+//! another, so that no resource is promised twice.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod, PodStatus};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use super::admission::{self, NodeFacts, Rejection, Used};
+use super::context::Context;
+use super::events::Kind;
+use super::outcome::{Outcome, REMEMBERED};
+use super::publisher::Publisher;
+use super::record::Record;
+use super::source::PodEvent;
+use super::status::{self, ContainerInput, Ending, StatusInput};
+use super::worker::{self, Command, Note, Start};
+use crate::container::{ContainerId, Supervisor};
+
+/// Requests that may wait for the manager.
+const REQUESTS: usize = 16;
+
+/// Notes of workers that may wait.
+const NOTES: usize = 256;
+
+/// Pods that wait while the cordon is being acknowledged. The scheduler binds some hundred a second at most.
+const HELD: usize = 1000;
+
+/// Owners whose rejections are remembered. The one forgotten starts anew with no delay.
+const OWNERS: usize = 1000;
+
+/// The longest delay of a rejection: a controller that replaces each rejected pod makes one a minute.
+const REJECT_MOST: Duration = Duration::from_secs(60);
+
+/// An owner without rejections for so long starts anew.
+const REJECT_FORGET: Duration = Duration::from_secs(600);
+
+/// Whether pods are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// Pods are admitted.
+    Open,
+    /// Pods wait: the cordon is not acknowledged yet.
+    Holding,
+    /// Pods are rejected as on a node that is shut down.
+    Closed,
+}
+
+enum Request {
+    Gate(Gate),
+    Shutdown { grace: Duration },
+    Outcomes(oneshot::Sender<Summary>),
+}
+
+/// What has become of the pods so far.
+#[derive(Debug, Clone, Default)]
+pub struct Summary {
+    /// The outcomes, oldest first; at most [`REMEMBERED`].
+    pub outcomes: Vec<Outcome>,
+    /// Outcomes that are not among them any more.
+    pub forgotten: u64,
+}
+
+/// How many pods are where.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Pods that have not ended.
+    pub active: usize,
+    /// Pods that have ended and whose final status is not acknowledged.
+    pub unreported: usize,
+    /// Pods that have ended and that their Job has not counted yet: they carry its tracking finalizer.
+    pub tracked: usize,
+    /// The first list of pods has been seen.
+    pub listed: bool,
+}
+
+/// A pod of before a crash, and its supervisors that are still there.
+pub type Recovered = (Record, Vec<(ContainerId, Supervisor)>);
+
+/// Holds a finished pod until its Job has counted it (batch/v1).
+const JOB_TRACKING: &str = "batch.kubernetes.io/job-tracking";
+
+/// The manager's handle.
+#[derive(Clone)]
+pub struct Manager {
+    requests: mpsc::Sender<Request>,
+    counts: watch::Receiver<Counts>,
+}
+
+impl Manager {
+    /// Opens or closes the gate.
+    pub async fn gate(&self, gate: Gate) {
+        let _ = self.requests.send(Request::Gate(gate)).await;
+    }
+
+    /// Ends all pods: SIGTERM now, SIGKILL after `grace` or the pod's own grace. May be called again with less.
+    pub async fn shutdown(&self, grace: Duration) {
+        let _ = self.requests.send(Request::Shutdown { grace }).await;
+    }
+
+    /// How many pods are where, and when that changes.
+    #[must_use]
+    pub fn counts(&self) -> watch::Receiver<Counts> {
+        self.counts.clone()
+    }
+
+    /// What has become of the pods so far; also of those that have not ended.
+    pub async fn summary(&self) -> Summary {
+        let (answer_tx, answer) = oneshot::channel();
+        let _ = self.requests.send(Request::Outcomes(answer_tx)).await;
+        answer.await.unwrap_or_default()
+    }
+}
+
+/// What the manager starts with.
+pub struct Setup {
+    /// What all pods share.
+    pub context: Arc<Context>,
+    /// Where pods come from.
+    pub pods: mpsc::Receiver<PodEvent>,
+    /// The Node as admission sees it.
+    pub facts: watch::Receiver<NodeFacts>,
+    /// Pods of before a crash, and the supervisors that are still there.
+    pub recovered: Vec<Recovered>,
+}
+
+/// Starts the manager.
+#[must_use]
+pub fn spawn(setup: Setup) -> Manager {
+    let (requests_tx, requests) = mpsc::channel(REQUESTS);
+    let (notes_tx, notes) = mpsc::channel(NOTES);
+    let (counts_tx, counts) = watch::channel(Counts::default());
+    let state = State {
+        context: setup.context,
+        facts: setup.facts,
+        notes_tx,
+        pods: HashMap::new(),
+        refused: BTreeSet::new(),
+        owners: BTreeMap::new(),
+        gate: Gate::Open,
+        held: VecDeque::new(),
+        outcomes: VecDeque::new(),
+        forgotten: 0,
+        shutdown: None,
+        listed: false,
+        counts: counts_tx,
+    };
+    tokio::spawn(state.run(setup.pods, requests, notes, setup.recovered));
+    Manager { requests: requests_tx, counts }
+}
+
+struct Entry {
+    commands: mpsc::Sender<Command>,
+    pod: Pod,
+    ended: bool,
+    reported: bool,
+}
+
+struct State {
+    context: Arc<Context>,
+    facts: watch::Receiver<NodeFacts>,
+    notes_tx: mpsc::Sender<Note>,
+    pods: HashMap<String, Entry>,
+    refused: BTreeSet<String>,
+    owners: BTreeMap<String, Refusals>,
+    gate: Gate,
+    held: VecDeque<Pod>,
+    outcomes: VecDeque<Outcome>,
+    forgotten: u64,
+    shutdown: Option<Instant>,
+    listed: bool,
+    counts: watch::Sender<Counts>,
+}
+
+struct Refusals {
+    count: u32,
+    last: Instant,
+}
+
+impl State {
+    async fn run(
+        mut self,
+        mut pods: mpsc::Receiver<PodEvent>,
+        mut requests: mpsc::Receiver<Request>,
+        mut notes: mpsc::Receiver<Note>,
+        recovered: Vec<Recovered>,
+    ) {
+        for (record, supervisors) in recovered {
+            self.start(record, Start::Resumed(supervisors));
+        }
+        loop {
+            tokio::select! {
+                biased;
+                request = requests.recv() => match request {
+                    Some(request) => self.on_request(request).await,
+                    None => return,
+                },
+                Some(note) = notes.recv() => self.on_note(note),
+                event = pods.recv() => match event {
+                    Some(event) => self.on_pod(event).await,
+                    None => std::future::pending().await,
+                },
+            }
+            self.count();
+        }
+    }
+
+    fn count(&self) {
+        let counts = Counts {
+            active: self.pods.values().filter(|e| !e.ended).count(),
+            unreported: self.pods.values().filter(|e| e.ended && !e.reported).count(),
+            tracked: self.pods.values().filter(|e| e.reported && is_tracked(&e.pod)).count(),
+            listed: self.listed,
+        };
+        self.counts.send_if_modified(|old| std::mem::replace(old, counts) != counts);
+    }
+
+    async fn on_request(&mut self, request: Request) {
+        match request {
+            Request::Gate(gate) => {
+                self.gate = gate;
+                if gate != Gate::Holding {
+                    for pod in std::mem::take(&mut self.held) {
+                        self.arrived(pod);
+                    }
+                }
+            }
+            Request::Shutdown { grace } => {
+                self.shutdown = Some(Instant::now() + grace);
+                for entry in self.pods.values().filter(|e| !e.ended) {
+                    let _ = entry.commands.send(Command::Shutdown(grace)).await;
+                }
+            }
+            Request::Outcomes(answer) => {
+                let summary =
+                    Summary { outcomes: self.outcomes.iter().cloned().collect(), forgotten: self.forgotten };
+                let _ = answer.send(summary);
+            }
+        }
+    }
+
+    fn on_note(&mut self, note: Note) {
+        match note {
+            Note::Ended(uid) => {
+                if let Some(entry) = self.pods.get_mut(&uid) {
+                    entry.ended = true;
+                }
+            }
+            Note::Reported(uid, outcome) => {
+                if let Some(entry) = self.pods.get_mut(&uid) {
+                    (entry.ended, entry.reported) = (true, true);
+                    let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
+                    self.context.events.record(&entry.pod, None, kind, "PodEnded", &outcome.summary());
+                }
+                self.remember(*outcome);
+            }
+            Note::Finished(uid) => {
+                self.pods.remove(&uid);
+            }
+        }
+    }
+
+    fn remember(&mut self, outcome: Outcome) {
+        tracing::info!(
+            namespace = outcome.namespace,
+            pod = outcome.name,
+            reported = outcome.reported,
+            "pod ended: {}",
+            outcome.summary()
+        );
+        let kept = self.context.places.kept.clone();
+        let file = outcome.clone();
+        // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = file.keep(&kept) {
+                tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
+            }
+        });
+        if self.outcomes.len() >= REMEMBERED {
+            self.outcomes.pop_front();
+            self.forgotten += 1;
+        }
+        self.outcomes.push_back(outcome);
+    }
+
+    async fn on_pod(&mut self, event: PodEvent) {
+        match event {
+            PodEvent::Applied(pod) => {
+                let uid = pod.metadata.uid.clone().unwrap_or_default();
+                if let Some(entry) = self.pods.get_mut(&uid) {
+                    entry.pod.clone_from(&pod);
+                    let _ = entry.commands.send(Command::Update(pod)).await;
+                } else {
+                    self.arrived(*pod);
+                }
+            }
+            PodEvent::Deleted(uid) => {
+                self.refused.remove(&uid);
+                self.held.retain(|pod| pod.metadata.uid.as_deref() != Some(&uid));
+                if let Some(entry) = self.pods.get(&uid) {
+                    let _ = entry.commands.send(Command::Gone).await;
+                }
+            }
+            PodEvent::Listed(all) => {
+                self.listed = true;
+                self.refused.retain(|uid| all.contains(uid));
+                self.held.retain(|pod| pod.metadata.uid.as_ref().is_some_and(|uid| all.contains(uid)));
+                for (uid, entry) in &self.pods {
+                    if !all.contains(uid) {
+                        let _ = entry.commands.send(Command::Gone).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A pod that is not ours yet.
+    fn arrived(&mut self, pod: Pod) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        if self.refused.contains(&uid) || self.pods.contains_key(&uid) {
+            return;
+        }
+        let deleted = pod.metadata.deletion_timestamp.is_some();
+        let terminal = pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(is_terminal);
+        if terminal {
+            if deleted {
+                self.delete(pod);
+            }
+            return;
+        }
+        if deleted {
+            // It never started here, so there is nothing to end.
+            self.delete(pod);
+            return;
+        }
+        if was_started(&pod) {
+            self.lost(pod);
+            return;
+        }
+        match self.gate {
+            Gate::Holding if self.held.len() < HELD => {
+                self.held.push_back(pod);
+                return;
+            }
+            Gate::Holding | Gate::Closed => {
+                self.refuse(pod, Rejection::node_shutdown());
+                return;
+            }
+            Gate::Open => {}
+        }
+        let used = Used::of(self.pods.values().filter(|e| !e.ended).map(|e| &e.pod));
+        let admitted = admission::admit(&pod, &self.facts.borrow(), &used);
+        match admitted {
+            Ok(()) => {
+                tracing::info!(
+                    namespace = pod.metadata.namespace,
+                    pod = pod.metadata.name,
+                    uid,
+                    "pod admitted"
+                );
+                self.start(Record::new(pod, Timestamp::now()), Start::Fresh);
+            }
+            Err(rejection) => self.refuse(pod, rejection),
+        }
+    }
+
+    fn start(&mut self, record: Record, start: Start) {
+        let uid = record.uid().to_owned();
+        let pod = record.pod.clone();
+        let commands = worker::spawn(Arc::clone(&self.context), record, start, self.notes_tx.clone());
+        if let Some(until) = self.shutdown {
+            let _ = commands.try_send(Command::Shutdown(until.saturating_duration_since(Instant::now())));
+        }
+        self.pods.insert(uid, Entry { commands, pod, ended: false, reported: false });
+    }
+
+    /// Refuses a pod, the later the more of its owner's pods were refused.
+    fn refuse(&mut self, pod: Pod, rejection: Rejection) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let delay = self.refusal_delay(&pod, Instant::now());
+        self.refused.insert(uid);
+        tracing::warn!(
+            namespace = pod.metadata.namespace,
+            pod = pod.metadata.name,
+            reason = rejection.reason,
+            delay = delay.as_secs(),
+            "pod refused: {}",
+            rejection.message
+        );
+        self.context.events.record(&pod, None, Kind::Warning, &rejection.reason, &rejection.message);
+        let status = self.final_status(&pod, Ending::Rejected(rejection), Vec::new());
+        self.report(pod, status, delay);
+    }
+
+    fn refusal_delay(&mut self, pod: &Pod, now: Instant) -> Duration {
+        let owners = pod.metadata.owner_references.iter().flatten();
+        let Some(owner) = owners.filter(|o| o.controller == Some(true)).map(|o| o.uid.clone()).next() else {
+            return Duration::ZERO;
+        };
+        self.owners.retain(|_, refusals| now.duration_since(refusals.last) < REJECT_FORGET);
+        while self.owners.len() >= OWNERS {
+            self.owners.pop_first();
+        }
+        let refusals = self.owners.entry(owner).or_insert(Refusals { count: 0, last: now });
+        refusals.last = now;
+        refusals.count += 1;
+        refusal_delay(refusals.count)
+    }
+
+    /// A pod that somebody started here and that this pilot knows nothing of: it is not started a second time.
+    fn lost(&mut self, pod: Pod) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.refused.insert(uid);
+        let message = "The container could not be located: the pilot that had started it is gone with its state";
+        tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
+        let old = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+        let containers = old.map(|container| {
+            let ended = ContainerStateTerminated {
+                exit_code: 137,
+                reason: Some("ContainerStatusUnknown".to_owned()),
+                message: Some(message.to_owned()),
+                ..ContainerStateTerminated::default()
+            };
+            let known = container.state.clone().filter(|s| s.terminated.is_some());
+            ContainerInput {
+                name: container.name.clone(),
+                state: known
+                    .unwrap_or_else(|| ContainerState { terminated: Some(ended), ..ContainerState::default() }),
+                last: container.last_state.clone(),
+                restart_count: container.restart_count,
+                id: container.container_id.clone().unwrap_or_default(),
+            }
+        });
+        let status = self.final_status(&pod, Ending::Stopped, containers.collect());
+        self.report(pod, status, Duration::ZERO);
+    }
+
+    fn final_status(&self, pod: &Pod, ending: Ending, containers: Vec<ContainerInput>) -> PodStatus {
+        status::status(&StatusInput {
+            pod,
+            previous: pod.status.as_ref(),
+            containers,
+            ip: &self.context.identity.ip,
+            start_time: Timestamp::now(),
+            ending,
+            now: Timestamp::now(),
+        })
+    }
+
+    fn report(&self, pod: Pod, status: PodStatus, delay: Duration) {
+        let context = Arc::clone(&self.context);
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let mut publisher = Publisher::spawn(context.api.clone(), pod.clone(), context.draining.clone());
+            publisher.publish(status);
+            while !publisher.is_acknowledged() && publisher.state().refused.is_none() {
+                publisher.changed().await;
+            }
+        });
+    }
+
+    fn delete(&mut self, pod: Pod) {
+        let context = Arc::clone(&self.context);
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.refused.insert(uid.clone());
+        tokio::spawn(async move {
+            let part = |text: Option<String>| text.unwrap_or_default();
+            let (namespace, name) = (part(pod.metadata.namespace), part(pod.metadata.name));
+            if let Err(error) = context.api.delete(&namespace, &name, &uid).await {
+                tracing::warn!(namespace, pod = name, %error, "a pod that is over could not be deleted");
+            }
+        });
+    }
+}
+
+fn is_tracked(pod: &Pod) -> bool {
+    pod.metadata.finalizers.iter().flatten().any(|finalizer| finalizer == JOB_TRACKING)
+}
+
+fn is_terminal(phase: &str) -> bool {
+    matches!(phase, "Succeeded" | "Failed")
+}
+
+/// Whether some container of the pod has a state that only a start gives.
+fn was_started(pod: &Pod) -> bool {
+    let statuses = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+    statuses.into_iter().any(|c| {
+        c.restart_count > 0
+            || c.state.as_ref().is_some_and(|s| s.running.is_some() || s.terminated.is_some())
+            || c.last_state.as_ref().is_some_and(|s| s.terminated.is_some())
+    })
+}
+
+/// None for the first, then 1, 2, 4 … 60 s.
+fn refusal_delay(count: u32) -> Duration {
+    match count {
+        0 | 1 => Duration::ZERO,
+        n => Duration::from_secs(1u64.checked_shl(n - 2).unwrap_or(u64::MAX)).min(REJECT_MOST),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_more_pods_of_an_owner_are_refused_the_later() {
+        let seconds: Vec<u64> = (1..=9).map(|n| refusal_delay(n).as_secs()).collect();
+        assert_eq!(seconds, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(refusal_delay(u32::MAX), REJECT_MOST);
+    }
+}
