@@ -110,7 +110,7 @@ pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> 
     declared.insert("JIRIAF_CONTAINER".to_owned(), input.additions.mark.clone());
     for (name, value) in &declared {
         if value.contains('\0') {
-            return Err(ConfigError::Nul(name.clone()));
+            return Err(ConfigError::Nul(format!("variable {name}")));
         }
     }
 

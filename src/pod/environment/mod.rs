@@ -80,8 +80,8 @@ pub enum ConfigError {
         "variable {0}: this valueFrom is not supported: wanted configMapKeyRef, secretKeyRef, fieldRef or resourceFieldRef"
     )]
     Source(String),
-    /// A value that no process can be given.
-    #[error("variable {0}: its value holds a NUL byte, which no environment can carry: mount it as a file")]
+    /// A variable (by its name) or a list (`command`, `args`) that no process can be given.
+    #[error("{0} holds a NUL byte, which no process can be given: put such data in a file")]
     Nul(String),
     /// A value that grew out of bounds.
     #[error("{what}: {source}")]
