@@ -12,6 +12,7 @@ start_time() {
     local stat
     stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
     # The second field is the program's name in parentheses and may hold blanks.
+    # shellcheck disable=SC2086 # split on purpose
     set -- ${stat##*) }
     # A zombie is no longer running, whoever has yet to reap it.
     [ "$1" != Z ] || return 1
@@ -85,9 +86,9 @@ stop() {
 stop_all() {
     local dir=$1 file
     # The youngest first: what was started last leans on what was started before.
-    for file in $(ls -t "$dir/pid" 2>/dev/null); do
-        stop "$dir" "$file"
-    done
+    while IFS= read -r file; do
+        [ -z "$file" ] || stop "$dir" "${file##*/}"
+    done < <(find "$dir/pid" -type f -printf '%T@ %p\n' 2>/dev/null | sort -rn | cut -d' ' -f2-)
 }
 
 # wait_until SECONDS WHAT COMMAND…: until COMMAND succeeds.
