@@ -63,14 +63,16 @@ start() {
 # running DIR NAME: whether the process that was started under this name is still there.
 running() {
     local pid ticks
-    read -r pid ticks <"$1/pid/$2" 2>/dev/null || return 1
+    [ -f "$1/pid/$2" ] || return 1
+    read -r pid ticks <"$1/pid/$2" || return 1
     [ -n "$ticks" ] && [ "$(start_time "$pid")" = "$ticks" ]
 }
 
 # stop DIR NAME: SIGTERM, ten seconds, SIGKILL.
 stop() {
     local dir=$1 name=$2 pid ticks i
-    read -r pid ticks <"$dir/pid/$name" 2>/dev/null || return 0
+    [ -f "$dir/pid/$name" ] || return 0
+    read -r pid ticks <"$dir/pid/$name" || true
     if running "$dir" "$name"; then kill -TERM "$pid" 2>/dev/null; fi
     for ((i = 0; i < 100; i++)); do
         running "$dir" "$name" || break
