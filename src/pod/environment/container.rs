@@ -1,0 +1,241 @@
+//! The variables of one container, by kubelet's order: `envFrom`, then `env`; later ones win.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret};
+
+use super::{ConfigError, Facts, Objects, Vars, field_value, resource_value};
+use crate::pod::expansion::{self, Expand, Values};
+
+/// What the pilot adds to every container. A Pod's own variable of the same name wins, but for the mark.
+#[derive(Debug, Clone, Default)]
+pub struct Additions {
+    /// `JIRIAF_POD_DIR`: the pod's directory.
+    pub pod_dir: String,
+    /// `JIRIAF_CONTAINER_DIR`: the container's directory.
+    pub container_dir: String,
+    /// `JIRIAF_DRAIN_TIME`, in seconds since 1970; absent where there is no drain time.
+    pub drain_time: Option<Timestamp>,
+    /// `JIRIAF_CONTAINER`: the mark by which what is left of a container is found.
+    pub mark: String,
+}
+
+/// What the environment of a container is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct EnvInput<'a> {
+    /// The pod.
+    pub pod: &'a Pod,
+    /// One of its containers.
+    pub container: &'a Container,
+    /// What was read for the pod.
+    pub objects: &'a Objects,
+    /// What the downward API tells of the node.
+    pub facts: &'a Facts,
+    /// What is left of the pilot's environment ([`super::inherited`]).
+    pub inherited: &'a [(String, String)],
+    /// What the pilot adds.
+    pub additions: &'a Additions,
+    /// Which references in `env` are replaced.
+    pub expand: Expand,
+}
+
+/// The environment of one container.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ContainerEnv {
+    /// All of it, each name once, in name order.
+    pub vars: Vars,
+    /// What `$(NAME)` in `command` and `args` may name: the Pod's variables and the pilot's additions, not
+    /// what is inherited from the batch job.
+    pub declared: Vars,
+    /// Keys of `envFrom` that can be no variable's name, left out: for an event (kubelet's
+    /// `InvalidEnvironmentVariableNames`).
+    pub skipped: Vec<String>,
+}
+
+impl ContainerEnv {
+    /// The value of a variable.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        find(&self.vars, name)
+    }
+
+    /// The value of a variable that the Pod declares or the pilot adds.
+    #[must_use]
+    pub fn get_declared(&self, name: &str) -> Option<&str> {
+        find(&self.declared, name)
+    }
+}
+
+fn find<'a>(vars: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    let at = vars.binary_search_by(|(this, _)| this.as_str().cmp(name)).ok()?;
+    vars.get(at).map(|(_, value)| value.as_str())
+}
+
+/// Makes the environment of a container.
+///
+/// `$NAME`, `${NAME}` and `~` (JIRIAF's rules) are replaced in a variable's literal `value` only, never in
+/// what comes from a ConfigMap or a Secret: data is not code.
+///
+/// # Errors
+/// When something that is not optional is missing or cannot be a variable.
+pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> {
+    let mut skipped = Vec::new();
+    let mut declared = added(input.additions);
+    from_objects(input, &mut declared, &mut skipped)?;
+    let inherited: BTreeMap<&str, &str> =
+        input.inherited.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+
+    for var in input.container.env.iter().flatten() {
+        let value = match (var.value.as_deref().unwrap_or(""), &var.value_from) {
+            ("", Some(source)) => match from_source(source, &var.name, input)? {
+                Some(value) => value,
+                None => continue,
+            },
+            (text, _) => {
+                let set = |name: &str| declared.get(name).cloned();
+                let all =
+                    |name: &str| set(name).or_else(|| inherited.get(name).map(|value| (*value).to_owned()));
+                let home = all("HOME");
+                let values = Values { declared: &set, environment: &all, home: home.as_deref() };
+                expansion::expand(text, input.expand, &values).map_err(|source| ConfigError::TooLong {
+                    what: format!("variable {}", var.name),
+                    source,
+                })?
+            }
+        };
+        declared.insert(var.name.clone(), value);
+    }
+    // The mark finds what is left of a container: no Pod may take it away.
+    declared.insert("JIRIAF_CONTAINER".to_owned(), input.additions.mark.clone());
+    for (name, value) in &declared {
+        if value.contains('\0') {
+            return Err(ConfigError::Nul(format!("variable {name}")));
+        }
+    }
+
+    let mut all: BTreeMap<String, String> =
+        inherited.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    all.extend(declared.clone());
+    Ok(ContainerEnv { vars: all.into_iter().collect(), declared: declared.into_iter().collect(), skipped })
+}
+
+fn added(additions: &Additions) -> BTreeMap<String, String> {
+    let mut vars = BTreeMap::from([
+        ("JIRIAF_POD_DIR".to_owned(), additions.pod_dir.clone()),
+        ("JIRIAF_CONTAINER_DIR".to_owned(), additions.container_dir.clone()),
+    ]);
+    if let Some(drain) = additions.drain_time {
+        vars.insert("JIRIAF_DRAIN_TIME".to_owned(), drain.as_second().to_string());
+    }
+    vars
+}
+
+/// `envFrom`, in order: later ones win.
+fn from_objects(
+    input: &EnvInput<'_>,
+    vars: &mut BTreeMap<String, String>,
+    skipped: &mut Vec<String>,
+) -> Result<(), ConfigError> {
+    for source in input.container.env_from.iter().flatten() {
+        let mut pairs: Vec<(&String, String)> = Vec::new();
+        if let Some(reference) = &source.config_map_ref {
+            if let Some(object) = config_map(&reference.name, reference.optional, input.objects)? {
+                pairs.extend(object.data.iter().flatten().map(|(key, value)| (key, value.clone())));
+            }
+        } else if let Some(reference) = &source.secret_ref
+            && let Some(object) = secret(&reference.name, reference.optional, input.objects)?
+        {
+            pairs.extend(object.data.iter().flatten().map(|(key, value)| (key, text_of(&value.0))));
+        }
+        for (key, value) in pairs {
+            let name = format!("{}{key}", source.prefix.as_deref().unwrap_or(""));
+            // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too; only what an
+            // environment cannot carry is left out.
+            if is_name(&name) {
+                vars.insert(name, value);
+            } else {
+                skipped.push(name);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether Kubernetes takes this as a variable's name (apimachinery's `IsEnvVarName`).
+fn is_name(name: &str) -> bool {
+    let begins = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | '-' | '.');
+    name.starts_with(begins)
+        && name.chars().all(|c| begins(c) || c.is_ascii_digit())
+        && !matches!(name, "." | "..")
+        && !name.starts_with("..")
+}
+
+/// The value of a `valueFrom`; nothing when it is optional and missing.
+fn from_source(
+    source: &EnvVarSource,
+    variable: &str,
+    input: &EnvInput<'_>,
+) -> Result<Option<String>, ConfigError> {
+    let namespace = || input.pod.metadata.namespace.clone().unwrap_or_default();
+    if let Some(field) = &source.field_ref {
+        return field_value(&field.field_path, input.pod, input.facts).map(Some);
+    }
+    if let Some(selector) = &source.resource_field_ref {
+        return resource_value(selector, input.pod, Some(input.container), input.facts).map(Some);
+    }
+    if let Some(key) = &source.config_map_key_ref {
+        let Some(object) = config_map(&key.name, key.optional, input.objects)? else { return Ok(None) };
+        return match object.data.as_ref().and_then(|data| data.get(&key.key)) {
+            Some(value) => Ok(Some(value.clone())),
+            None if key.optional == Some(true) => Ok(None),
+            None => Err(ConfigError::KeyNotFound {
+                kind: "ConfigMap",
+                namespace: namespace(),
+                name: key.name.clone(),
+                key: key.key.clone(),
+            }),
+        };
+    }
+    if let Some(key) = &source.secret_key_ref {
+        let Some(object) = secret(&key.name, key.optional, input.objects)? else { return Ok(None) };
+        return match object.data.as_ref().and_then(|data| data.get(&key.key)) {
+            Some(value) => Ok(Some(text_of(&value.0))),
+            None if key.optional == Some(true) => Ok(None),
+            None => Err(ConfigError::KeyNotFound {
+                kind: "Secret",
+                namespace: namespace(),
+                name: key.name.clone(),
+                key: key.key.clone(),
+            }),
+        };
+    }
+    Err(ConfigError::Source(variable.to_owned()))
+}
+
+fn config_map<'a>(
+    name: &str,
+    optional: Option<bool>,
+    objects: &'a Objects,
+) -> Result<Option<&'a ConfigMap>, ConfigError> {
+    match objects.config_maps.get(name) {
+        None if optional != Some(true) => Err(ConfigError::ConfigMapNotFound(name.to_owned())),
+        found => Ok(found),
+    }
+}
+
+fn secret<'a>(
+    name: &str,
+    optional: Option<bool>,
+    objects: &'a Objects,
+) -> Result<Option<&'a Secret>, ConfigError> {
+    match objects.secrets.get(name) {
+        None if optional != Some(true) => Err(ConfigError::SecretNotFound(name.to_owned())),
+        found => Ok(found),
+    }
+}
+
+/// A secret's bytes as text. What is no UTF-8 is replaced: variables that are not text belong in files.
+fn text_of(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}

@@ -1,0 +1,200 @@
+//! The phase of a pod, with its reason and message.
+
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, PodSpec};
+
+use super::{
+    Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput, TERMINATED, TERMINATED_MESSAGE,
+    TERMINATION_BY_KUBELET,
+};
+
+/// Where a pod is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Not all of its containers have started.
+    Pending,
+    /// All have started, and at least one runs or will run again.
+    Running,
+    /// All have ended with exit code 0. Final.
+    Succeeded,
+    /// All have ended, at least one not with exit code 0; or the node ended it. Final.
+    Failed,
+}
+
+impl Phase {
+    /// As the API writes it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Running => "Running",
+            Self::Succeeded => "Succeeded",
+            Self::Failed => "Failed",
+        }
+    }
+
+    /// Reads what the API wrote; what it does not know is Pending.
+    #[must_use]
+    pub fn parse(text: Option<&str>) -> Self {
+        match text {
+            Some("Running") => Self::Running,
+            Some("Succeeded") => Self::Succeeded,
+            Some("Failed") => Self::Failed,
+            _ => Self::Pending,
+        }
+    }
+
+    /// Whether it is final.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed)
+    }
+}
+
+/// Whether a container that ended with `exit_code` runs again, by its own restartPolicy and rules where it has
+/// them, else by the pod's (kubelet's `ContainerShouldRestart`).
+#[must_use]
+pub fn should_restart(spec: &PodSpec, container: &Container, exit_code: i32) -> bool {
+    if let Some(own) = container.restart_policy.as_deref() {
+        let rules = container.restart_policy_rules.as_deref().unwrap_or_default();
+        let matching = rules.iter().find(|rule| {
+            let Some(codes) = &rule.exit_codes else { return false };
+            let named = codes.values.iter().flatten().any(|value| *value == exit_code);
+            match codes.operator.as_str() {
+                "In" => named,
+                "NotIn" => !named,
+                _ => false,
+            }
+        });
+        if matching.is_some_and(|rule| rule.action == "Restart") {
+            return true;
+        }
+        if matches!(own, "Always" | "OnFailure" | "Never") {
+            return by_policy(own, exit_code);
+        }
+    }
+    by_policy(spec.restart_policy.as_deref().unwrap_or("Always"), exit_code)
+}
+
+fn by_policy(policy: &str, exit_code: i32) -> bool {
+    match policy {
+        "Never" => false,
+        "OnFailure" => exit_code != 0,
+        _ => true,
+    }
+}
+
+/// The phase, and what goes with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) phase: Phase,
+    pub(super) reason: Option<String>,
+    pub(super) message: Option<String>,
+    /// Reason and message of a DisruptionTarget condition to be set now.
+    pub(super) disruption: Option<(String, String)>,
+}
+
+/// What becomes of the pod, by its containers and by what was decided over it.
+pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> Outcome {
+    let api = input.pod.status.as_ref();
+    let previous = [Some(input.previous), api]
+        .into_iter()
+        .flatten()
+        .find(|status| Phase::parse(status.phase.as_deref()).is_terminal())
+        .unwrap_or(input.previous);
+    let before = Phase::parse(previous.phase.as_deref());
+    // A terminal phase is final, with its reason: the API server would even take it back (Always).
+    if before.is_terminal() {
+        return Outcome {
+            phase: before,
+            reason: previous.reason.clone(),
+            message: previous.message.clone(),
+            disruption: None,
+        };
+    }
+
+    let by_containers = by_containers(input, statuses);
+    let decided = input.ending.and_then(decision);
+    let someone_runs = statuses.iter().any(runs);
+    let (phase, reason, message, disruption) = match decided {
+        // Its end is on its way; it is not over while something of it runs.
+        Some(_) if someone_runs => (by_containers, None, None, None),
+        Some((reason, message, disruption)) => (Phase::Failed, Some(reason), Some(message), disruption),
+        None => (by_containers, None, None, None),
+    };
+    if reason.is_none() && phase == before {
+        return Outcome {
+            phase,
+            reason: previous.reason.clone(),
+            message: previous.message.clone(),
+            disruption: None,
+        };
+    }
+    Outcome { phase, reason, message, disruption }
+}
+
+type Decision = (String, String, Option<(String, String)>);
+
+fn decision(ending: &Ending) -> Option<Decision> {
+    match ending {
+        Ending::Deleted => None,
+        Ending::Rejected { reason, message } => {
+            let disruption = (reason == NODE_SHUTDOWN)
+                .then(|| (TERMINATION_BY_KUBELET.to_owned(), NODE_SHUTDOWN_REJECTED.to_owned()));
+            Some((reason.clone(), format!("Pod was rejected: {message}"), disruption))
+        }
+        Ending::NodeShutdown => Some((
+            TERMINATED.to_owned(),
+            TERMINATED_MESSAGE.to_owned(),
+            Some((TERMINATION_BY_KUBELET.to_owned(), TERMINATED_MESSAGE.to_owned())),
+        )),
+        Ending::Failed { reason, message, disruption } => Some((
+            reason.clone(),
+            message.clone(),
+            disruption.as_ref().map(|disruption| (disruption.clone(), message.clone())),
+        )),
+    }
+}
+
+fn runs(status: &ContainerStatus) -> bool {
+    status.state.as_ref().is_some_and(|state| state.running.is_some())
+}
+
+/// kubelet's `getPhase`, for pods without init containers.
+fn by_containers(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> Phase {
+    let Some(spec) = &input.pod.spec else { return Phase::Pending };
+    let (mut waiting, mut running, mut stopped, mut final_ones, mut succeeded) = (0, 0, 0, 0, 0);
+    for container in &spec.containers {
+        let Some(status) = statuses.iter().find(|status| status.name == container.name) else {
+            waiting += 1;
+            continue;
+        };
+        let end = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| {
+            state.as_ref().and_then(|state| state.terminated.as_ref()).map(|end| end.exit_code)
+        };
+        if runs(status) {
+            running += 1;
+        } else if let Some(exit_code) = end(&status.state) {
+            stopped += 1;
+            final_ones += u32::from(!should_restart(spec, container, exit_code));
+            succeeded += u32::from(exit_code == 0);
+        } else if let Some(exit_code) = end(&status.last_state) {
+            // It waits to run again.
+            stopped += 1;
+            final_ones += u32::from(!should_restart(spec, container, exit_code));
+        } else {
+            waiting += 1;
+        }
+    }
+    let no_more_starts = input.ending.is_some();
+    if waiting > 0 || running + stopped == 0 {
+        Phase::Pending
+    } else if running > 0 {
+        Phase::Running
+    } else if stopped != final_ones && !no_more_starts {
+        Phase::Running
+    } else if stopped == succeeded {
+        Phase::Succeeded
+    } else {
+        Phase::Failed
+    }
+}

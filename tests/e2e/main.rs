@@ -1,0 +1,10 @@
+//! The pilot from outside: a real control plane, a real Slurm, ordinary users. Start it with
+//! `tests/run --e2e [filter]`, which brings up both.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test's failure is its panic
+
+#[allow(dead_code, unused_imports)] // it serves tests that come and go
+mod harness;
+
+mod ending;
+mod seed;
+mod status;
