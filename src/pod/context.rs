@@ -1,9 +1,11 @@
 //! What all pods of a pilot share.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use tokio::sync::{mpsc, watch};
 
 use super::api::Api;
@@ -44,8 +46,8 @@ pub struct Context {
     pub inherited: Vec<(String, String)>,
     /// What is replaced in args and env values.
     pub expand: Expand,
-    /// CPUs (thousandths), memory and scratch (bytes) of the Node, for resourceFieldRef.
-    pub allocatable: super::environment::Allocatable,
+    /// What the Node offers, for resourceFieldRef.
+    pub allocatable: BTreeMap<String, Quantity>,
     /// When the pods will be ended, where that is known.
     pub drain: watch::Receiver<Option<SystemTime>>,
     /// True once the pilot drains.

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::admission::{self, NodeFacts, Rejection, Used};
+use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::Context;
 use super::events::Kind;
 use super::outcome::{Outcome, REMEMBERED};
 use super::publisher::Publisher;
 use super::record::Record;
 use super::source::PodEvent;
-use super::status::{self, ContainerInput, Ending, StatusInput};
+use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, State, StatusInput, Terminated};
 use super::worker::{self, Command, Note, Start};
 use crate::container::{ContainerId, Supervisor};
 
@@ -349,13 +349,15 @@ impl State {
                 return;
             }
             Gate::Holding | Gate::Closed => {
-                self.refuse(pod, Rejection::node_shutdown());
+                let rejection =
+                    Rejection { reason: NODE_SHUTDOWN.to_owned(), message: NODE_SHUTDOWN_REJECTED.to_owned() };
+                self.refuse(pod, rejection);
                 return;
             }
             Gate::Open => {}
         }
-        let used = Used::of(self.pods.values().filter(|e| !e.ended).map(|e| &e.pod));
-        let admitted = admission::admit(&pod, &self.facts.borrow(), &used);
+        let load = Load::of(self.pods.values().filter(|e| !e.ended).map(|e| &e.pod));
+        let admitted = admission::admit(&pod, &self.facts.borrow(), &load);
         match admitted {
             Ok(()) => {
                 tracing::info!(
@@ -394,7 +396,8 @@ impl State {
             rejection.message
         );
         self.context.events.record(&pod, None, Kind::Warning, &rejection.reason, &rejection.message);
-        let status = self.final_status(&pod, Ending::Rejected(rejection), Vec::new());
+        let ending = Ending::Rejected { reason: rejection.reason, message: rejection.message };
+        let status = self.final_status(&pod, &ending, &[]);
         self.report(pod, status, delay);
     }
 
@@ -419,36 +422,52 @@ impl State {
         self.refused.insert(uid);
         let message = "The container could not be located: the pilot that had started it is gone with its state";
         tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
-        let old = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
-        let containers = old.map(|container| {
-            let ended = ContainerStateTerminated {
-                exit_code: 137,
-                reason: Some("ContainerStatusUnknown".to_owned()),
-                message: Some(message.to_owned()),
-                ..ContainerStateTerminated::default()
-            };
-            let known = container.state.clone().filter(|s| s.terminated.is_some());
-            ContainerInput {
-                name: container.name.clone(),
-                state: known
-                    .unwrap_or_else(|| ContainerState { terminated: Some(ended), ..ContainerState::default() }),
-                last: container.last_state.clone(),
-                restart_count: container.restart_count,
-                id: container.container_id.clone().unwrap_or_default(),
-            }
-        });
-        let status = self.final_status(&pod, Ending::Stopped, containers.collect());
+        let names = pod.spec.iter().flat_map(|spec| spec.containers.iter().map(|c| c.name.clone()));
+        let known = |name: &str| {
+            let mut all = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+            all.find(|c| c.name == name).cloned().unwrap_or_default()
+        };
+        let containers: Vec<ContainerRuntime> = names
+            .map(|name| {
+                let old = known(&name);
+                let seen = old.state.as_ref().and_then(|s| s.terminated.as_ref());
+                let running = old.state.as_ref().and_then(|s| s.running.as_ref());
+                let end = Terminated {
+                    exit_code: seen.map_or(137, |t| t.exit_code),
+                    signal: seen.and_then(|t| t.signal),
+                    reason: seen.map_or(Some("ContainerStatusUnknown".to_owned()), |t| t.reason.clone()),
+                    message: seen.map_or(Some(message.to_owned()), |t| t.message.clone()).unwrap_or_default(),
+                    started_at: seen
+                        .and_then(|t| t.started_at.as_ref())
+                        .or_else(|| running.and_then(|r| r.started_at.as_ref()))
+                        .map(|t| t.0),
+                    finished_at: seen.and_then(|t| t.finished_at.as_ref()).map_or_else(Timestamp::now, |t| t.0),
+                    id: old.container_id.clone().unwrap_or_default(),
+                };
+                ContainerRuntime {
+                    name,
+                    state: State::Terminated(end),
+                    last: None,
+                    restart_count: u32::try_from(old.restart_count).unwrap_or(0),
+                    image_id: old.image_id.clone(),
+                }
+            })
+            .collect();
+        let status = self.final_status(&pod, &Ending::Deleted, &containers);
         self.report(pod, status, Duration::ZERO);
     }
 
-    fn final_status(&self, pod: &Pod, ending: Ending, containers: Vec<ContainerInput>) -> PodStatus {
+    fn final_status(&self, pod: &Pod, ending: &Ending, containers: &[ContainerRuntime]) -> PodStatus {
+        let unknown = PodStatus::default();
         status::status(&StatusInput {
             pod,
-            previous: pod.status.as_ref(),
+            previous: pod.status.as_ref().unwrap_or(&unknown),
             containers,
-            ip: &self.context.identity.ip,
+            pod_ip: Some(&self.context.identity.ip),
+            host_ip: Some(&self.context.identity.ip),
             start_time: Timestamp::now(),
-            ending,
+            directory_ready: false,
+            ending: Some(ending),
             now: Timestamp::now(),
         })
     }

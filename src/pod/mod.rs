@@ -1,10 +1,20 @@
 //! One pod: source, admission, worker, environment, volumes, status, publisher.
 
 pub mod admission;
+pub mod api;
 pub mod backoff;
 pub mod command_line;
+pub mod context;
+pub mod directory;
 pub mod environment;
+pub mod events;
 pub mod expansion;
+pub mod manager;
+pub mod outcome;
+pub mod publisher;
 pub mod quantity;
+pub mod record;
+pub mod source;
 pub mod status;
 pub mod volumes;
+pub mod worker;

@@ -9,9 +9,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerState, Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use serde::{Deserialize, Serialize};
 
+use super::status::{State, Terminated};
 use crate::files;
 
 /// The version of the files' form; a pilot of another form does not guess.
@@ -38,18 +39,25 @@ pub struct Record {
 }
 
 /// A container as this pilot has it.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ContainerRecord {
     /// Which run it is: 0, then one more a restart.
     pub restart: u32,
     /// Whether this run's supervisor was told to start it.
     pub launched: bool,
     /// The state of this run.
-    pub state: ContainerState,
+    pub state: State,
     /// How the run before it ended.
-    pub last: Option<ContainerState>,
+    pub last: Option<Terminated>,
     /// Lines of this run's output that could not be written.
     pub log_lines_lost: u64,
+}
+
+impl Default for ContainerRecord {
+    fn default() -> Self {
+        let state = State::Waiting { reason: "ContainerCreating".to_owned(), message: String::new() };
+        Self { restart: 0, launched: false, state, last: None, log_lines_lost: 0 }
+    }
 }
 
 impl Record {

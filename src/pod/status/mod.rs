@@ -14,6 +14,7 @@ mod tests;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{HostIP, Pod, PodIP, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde::{Deserialize, Serialize};
 
 pub use patch::patch;
 pub use phase::{Phase, should_restart};
@@ -97,7 +98,7 @@ pub struct ContainerRuntime {
 }
 
 /// What a container does now.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// It does not run yet, or not again yet.
     Waiting {
@@ -118,7 +119,7 @@ pub enum State {
 }
 
 /// How a container ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminated {
     /// The script's own exit code; 128+n for a signal.
     pub exit_code: i32,

@@ -3,7 +3,6 @@
 //! [`spawn`] starts a worker; [`Command`]s come from the manager, [`Note`]s go back to it. The worker is one loop: it
 //! waits for whatever comes next, changes its containers' states, and publishes the status that follows from them.
 
-mod decide;
 mod prepare;
 mod run;
 
@@ -12,23 +11,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, Pod, PodStatus,
-};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use self::decide::{Next, after_end};
 use self::prepare::{PrepareError, Prepared};
 use self::run::{Order, Told};
-use super::backoff::Backoff;
+use super::backoff::{self, BackOff, Next};
 use super::context::Context;
 use super::events::Kind;
 use super::outcome::Outcome;
 use super::publisher::Publisher;
 use super::record::{ContainerRecord, Record};
-use super::status::{self, ContainerInput, Ending, StatusInput};
+use super::status::{self, ContainerRuntime, Ending, State, StatusInput, Terminated, container_id};
 use super::directory;
 use crate::container::{ContainerId, End, Event, Supervisor};
 
@@ -121,7 +116,7 @@ struct Container {
     name: String,
     run: Option<mpsc::Sender<Order>>,
     restart_at: Option<Instant>,
-    backoff: Backoff,
+    back_off: BackOff,
 }
 
 type Preparing = tokio::task::JoinHandle<Result<Prepared, PrepareError>>;
@@ -162,7 +157,7 @@ impl Worker {
         let containers: Vec<Container> = spec
             .containers
             .iter()
-            .map(|c| Container { name: c.name.clone(), run: None, restart_at: None, backoff: Backoff::new() })
+            .map(|c| Container { name: c.name.clone(), run: None, restart_at: None, back_off: BackOff::default() })
             .collect();
         let ready = containers.iter().map(|_| None).collect();
         Self {
@@ -218,10 +213,7 @@ impl Worker {
     fn begin(&mut self, start: Start) {
         let names: Vec<String> = self.containers.iter().map(|c| c.name.clone()).collect();
         for name in names {
-            self.record.containers.entry(name).or_insert_with(|| ContainerRecord {
-                state: waiting("ContainerCreating", None),
-                ..ContainerRecord::default()
-            });
+            self.record.containers.entry(name).or_default();
         }
         match start {
             Start::Fresh => {
@@ -246,16 +238,18 @@ impl Worker {
                 _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
             }
         }
+        let uid = self.record.uid().to_owned();
         let mut unprepared = false;
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
             let Some(record) = self.record.containers.get_mut(&container.name) else { continue };
-            if container.run.is_some() || record.state.terminated.is_some() {
+            if container.run.is_some() || is_over(&record.state) {
                 continue;
             }
             if record.launched {
                 let message = "the container's supervisor was gone when the pilot came back after a crash";
-                record.state = ended(137, "ContainerStatusUnknown", Some(message.to_owned()), record, None);
+                let id = container_id(&uid, &container.name, record.restart);
+                record.state = unknown_end("ContainerStatusUnknown", message, record, id);
                 record.launched = false;
                 self.after_end(index);
             } else {
@@ -268,7 +262,7 @@ impl Worker {
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
             let state = self.record.containers.get(&container.name).map(|c| &c.state);
-            if container.run.is_none() && container.restart_at.is_none() && state.is_some_and(|s| s.terminated.is_some()) {
+            if container.run.is_none() && container.restart_at.is_none() && state.is_some_and(is_over) {
                 self.after_end(index);
             }
         }
@@ -339,7 +333,7 @@ impl Worker {
                 self.prepared = Some(prepared);
                 for index in 0..self.containers.len() {
                     let name = &self.containers[index].name;
-                    let waits = self.record.containers.get(name).is_some_and(|c| c.state.terminated.is_none());
+                    let waits = self.record.containers.get(name).is_some_and(|c| !is_over(&c.state));
                     if waits && self.containers[index].run.is_none() && self.containers[index].restart_at.is_none() {
                         self.start(index);
                     }
@@ -350,8 +344,9 @@ impl Worker {
                 self.ready.iter_mut().for_each(|ready| *ready = None);
                 self.complain(error.reason(), &error.to_string());
                 for container in self.record.containers.values_mut() {
-                    if !container.launched && container.state.terminated.is_none() {
-                        container.state = waiting(error.waiting_reason(), Some(error.to_string()));
+                    if !container.launched && !is_over(&container.state) && container.restart == 0 {
+                        // kubelet says why in an event, and leaves the container's own message empty.
+                        container.state = waiting("ContainerCreating", "");
                     }
                 }
                 self.announce_at = None;
@@ -370,8 +365,8 @@ impl Worker {
             Ok(spec) => spec,
             Err(error) => {
                 self.ready[index] = None;
-                self.complain(error.reason(), &error.to_string());
-                self.set_waiting(&name, error.waiting_reason(), Some(error.to_string()));
+                self.complain("Failed", &format!("Error: {error}"));
+                self.set_waiting(&name, error.reason(), &error.to_string());
                 self.announce_at = None;
                 if error.may_pass() {
                     self.prepare_at = Some(Instant::now() + self.prepare_delay);
@@ -381,7 +376,7 @@ impl Worker {
             }
         };
         let Some(mut supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
-            self.set_waiting(&name, "CreateContainerError", Some("no supervisor could be started".to_owned()));
+            self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
             self.prepare_at = Some(Instant::now() + self.prepare_delay);
             self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
             return;
@@ -397,7 +392,7 @@ impl Worker {
                 record.launched = false;
             }
             self.complain("FailedCreate", &message);
-            self.set_waiting(&name, "CreateContainerError", Some(message));
+            self.set_waiting(&name, "CreateContainerError", &message);
             self.prepare_at = Some(Instant::now() + PREPARE_MOST);
             return;
         }
@@ -417,14 +412,14 @@ impl Worker {
 
     fn on_told(&mut self, (index, restart, event): Told) {
         let name = self.containers[index].name.clone();
+        let id = container_id(self.record.uid(), &name, restart);
         let Some(record) = self.record.containers.get_mut(&name) else { return };
         if record.restart != restart {
             return;
         }
-        match event {
+        let (state, kind, reason, message) = match event {
             Event::Started { at, .. } => {
-                record.state = running(at);
-                record.launched = true;
+                record.state = State::Running { started_at: timestamp(at), id };
                 self.announce_at = None;
                 let message = format!("Started container {name}");
                 self.context.events.record(&self.record.pod, Some(&name), Kind::Normal, "Started", &message);
@@ -432,26 +427,27 @@ impl Worker {
             }
             Event::Ended(end) => {
                 record.log_lines_lost = end.log_lines_lost;
-                let reason = if end.exit_code == 0 { "Completed" } else { "Error" };
-                let message = end_message(&end);
-                record.state = ended(end.exit_code, reason, message, record, Some(&end));
-                if end.log_lines_lost > 0 {
-                    let why = end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
-                    let text = format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
-                    self.context.events.record(&self.record.pod, Some(&name), Kind::Warning, "LogLinesLost", &text);
-                }
+                let why = end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
+                let lost = format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
+                (State::Terminated(terminated(&end, id)), Kind::Warning, "LogLinesLost", Some(lost).filter(|_| end.log_lines_lost > 0))
             }
             Event::StartFailed(error) => {
-                record.state = ended(error.exit_code(), "StartError", Some(error.to_string()), record, None);
-                let text = format!("Error: {error}");
-                self.context.events.record(&self.record.pod, Some(&name), Kind::Warning, "Failed", &text);
+                let mut state = unknown_end("StartError", &error.to_string(), record, id);
+                if let State::Terminated(ended) = &mut state {
+                    ended.exit_code = error.exit_code();
+                }
+                (state, Kind::Warning, "Failed", Some(format!("Error: {error}")))
             }
             Event::Lost { message } => {
-                record.state = ended(137, "SupervisorLost", Some(message.clone()), record, None);
-                self.context.events.record(&self.record.pod, Some(&name), Kind::Warning, "SupervisorLost", &message);
+                (unknown_end("SupervisorLost", &message, record, id), Kind::Warning, "SupervisorLost", Some(message))
             }
             Event::Output { .. } => return,
+        };
+        record.state = state;
+        if let Some(message) = message {
+            self.context.events.record(&self.record.pod, Some(&name), kind, reason, &message);
         }
+        let Some(record) = self.record.containers.get_mut(&name) else { return };
         record.launched = false;
         self.announce_at = None;
         let acknowledge = self.containers[index].run.take();
@@ -470,26 +466,26 @@ impl Worker {
         }
         let container = &mut self.containers[index];
         let Some(record) = self.record.containers.get_mut(&container.name) else { return };
-        let Some(state) = record.state.terminated.clone() else { return };
-        let policy = self.record.pod.spec.as_ref().and_then(|s| s.restart_policy.clone());
-        let Next::Restart = after_end(policy.as_deref(), state.exit_code) else { return };
-        let now = SystemTime::now();
-        let finished = state.finished_at.as_ref().map_or(now, |t| SystemTime::from(t.0));
-        let delay = container.backoff.next(finished, now);
-        container.restart_at = Some(Instant::now() + delay);
-        if !delay.is_zero() {
-            let pod = format!(
-                "{}_{}({})",
-                self.record.pod.metadata.name.clone().unwrap_or_default(),
-                self.record.pod.metadata.namespace.clone().unwrap_or_default(),
-                self.record.pod.metadata.uid.clone().unwrap_or_default()
-            );
-            let message = container.backoff.message(&container.name, &pod);
-            record.last = Some(record.state.clone());
-            record.state = waiting("CrashLoopBackOff", Some(message));
-            let text = format!("Back-off restarting failed container {} in pod {pod}", container.name);
-            self.context.events.record(&self.record.pod, Some(&container.name), Kind::Warning, "BackOff", &text);
+        let State::Terminated(end) = record.state.clone() else { return };
+        let spec = self.record.pod.spec.as_ref();
+        if !status::should_restart(spec.and_then(|s| s.restart_policy.as_deref()), end.exit_code) {
+            return;
         }
+        let Next::Wait { wait, until } = container.back_off.next(end.finished_at, Timestamp::now()) else {
+            container.restart_at = Some(Instant::now());
+            return;
+        };
+        let delay = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default();
+        container.restart_at = Some(Instant::now() + delay);
+        let part = |text: &Option<String>| text.clone().unwrap_or_default();
+        let meta = &self.record.pod.metadata;
+        let (pod, namespace, uid) = (part(&meta.name), part(&meta.namespace), part(&meta.uid));
+        let message = backoff::message(wait, &container.name, &pod, &namespace, &uid);
+        record.last = Some(end);
+        record.state = waiting("CrashLoopBackOff", &message);
+        let text =
+            format!("Back-off restarting failed container {} in pod {pod}_{namespace}({uid})", container.name);
+        self.context.events.record(&self.record.pod, Some(&container.name), Kind::Warning, "BackOff", &text);
     }
 
     async fn on_wake(&mut self, now: Instant) {
@@ -504,10 +500,16 @@ impl Worker {
             .collect();
         for index in due {
             self.containers[index].restart_at = None;
+            // This start counts for the next wait.
             let name = self.containers[index].name.clone();
             if let Some(record) = self.record.containers.get_mut(&name) {
-                if record.state.terminated.is_some() {
-                    record.last = Some(record.state.clone());
+                let last = record.last.as_ref().map(|end| end.finished_at);
+                if !is_over(&record.state) {
+                    let _ = self.containers[index].back_off.next(last.unwrap_or(Timestamp::now()), Timestamp::now());
+                }
+                if let State::Terminated(end) = &record.state {
+                    record.last = Some(end.clone());
+                    record.state = waiting("ContainerCreating", "");
                 }
                 record.restart += 1;
             }
@@ -557,27 +559,31 @@ impl Worker {
 
     fn status(&self) -> PodStatus {
         let ending = match &self.stop {
-            Some(stop) if stop.why == Why::Shutdown && self.all_still() => Ending::NodeShutdown,
-            Some(_) if self.all_still() => Ending::Stopped,
-            _ => Ending::None,
+            Some(stop) if stop.why == Why::Shutdown && self.all_still() => Some(Ending::NodeShutdown),
+            Some(_) if self.all_still() => Some(Ending::Deleted),
+            _ => None,
         };
-        let containers = self.containers.iter().map(|container| {
+        let containers: Vec<ContainerRuntime> = self.containers.iter().map(|container| {
             let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
-            ContainerInput {
+            ContainerRuntime {
                 name: container.name.clone(),
                 state: record.state,
                 last: record.last,
-                restart_count: i32::try_from(record.restart).unwrap_or(i32::MAX),
-                id: format!("jiriaf://{}/{}/{}", self.record.uid(), container.name, record.restart),
+                restart_count: record.restart,
+                image_id: String::new(),
             }
-        });
+        }).collect();
+        let unknown = PodStatus::default();
+        let previous = self.record.last_status.as_ref().or(self.record.pod.status.as_ref());
         status::status(&StatusInput {
             pod: &self.record.pod,
-            previous: self.record.last_status.as_ref().or(self.record.pod.status.as_ref()),
-            containers: containers.collect(),
-            ip: &self.context.identity.ip,
+            previous: previous.unwrap_or(&unknown),
+            containers: &containers,
+            pod_ip: Some(&self.context.identity.ip),
+            host_ip: Some(&self.context.identity.ip),
             start_time: self.record.admitted,
-            ending,
+            directory_ready: self.record.directory.is_some(),
+            ending: ending.as_ref(),
             now: Timestamp::now(),
         })
     }
@@ -666,10 +672,10 @@ impl Worker {
     }
 
     fn has_waiting(&self) -> bool {
-        self.record.containers.values().any(|c| c.state.waiting.is_some())
+        self.record.containers.values().any(|c| matches!(c.state, State::Waiting { .. }))
     }
 
-    fn set_waiting(&mut self, name: &str, reason: &str, message: Option<String>) {
+    fn set_waiting(&mut self, name: &str, reason: &str, message: &str) {
         if let Some(record) = self.record.containers.get_mut(name) {
             record.state = waiting(reason, message);
         }
@@ -707,44 +713,50 @@ fn deletion_grace(pod: &Pod) -> Duration {
     seconds.map_or(DEFAULT_GRACE, Duration::from_secs).max(FORCED_GRACE)
 }
 
-fn waiting(reason: &str, message: Option<String>) -> ContainerState {
-    let waiting = ContainerStateWaiting { reason: Some(reason.to_owned()), message };
-    ContainerState { waiting: Some(waiting), ..ContainerState::default() }
+fn waiting(reason: &str, message: &str) -> State {
+    State::Waiting { reason: reason.to_owned(), message: message.to_owned() }
 }
 
-fn running(at: SystemTime) -> ContainerState {
-    let started_at = Timestamp::try_from(at).ok().map(Time);
-    ContainerState { running: Some(ContainerStateRunning { started_at }), ..ContainerState::default() }
+fn is_over(state: &State) -> bool {
+    matches!(state, State::Terminated(_))
 }
 
-/// The state of a run that is over. Without an end of its own it began when it was last seen to run and ended now.
-fn ended(
-    exit_code: i32,
-    reason: &str,
-    message: Option<String>,
-    record: &ContainerRecord,
-    end: Option<&End>,
-) -> ContainerState {
-    let time = |at: SystemTime| Timestamp::try_from(at).ok().map(Time);
-    let seen = record.state.running.as_ref().and_then(|r| r.started_at.clone());
-    let now = Some(Time(Timestamp::now()));
-    let terminated = ContainerStateTerminated {
-        exit_code,
-        signal: end.and_then(|e| e.signal),
-        reason: Some(reason.to_owned()),
-        message,
-        started_at: end.and_then(|e| time(e.started_at)).or(seen).or_else(|| now.clone()),
-        finished_at: end.and_then(|e| time(e.finished_at)).or(now),
-        container_id: None,
+fn timestamp(at: SystemTime) -> Timestamp {
+    Timestamp::try_from(at).unwrap_or_else(|_| Timestamp::now())
+}
+
+fn terminated(end: &End, id: String) -> Terminated {
+    let message = if end.survivors.is_empty() {
+        String::new()
+    } else {
+        format!("processes in uninterruptible sleep could not be ended: {}", end.survivors.join(", "))
     };
-    ContainerState { terminated: Some(terminated), ..ContainerState::default() }
+    Terminated {
+        exit_code: end.exit_code,
+        signal: end.signal,
+        reason: None,
+        message,
+        started_at: Some(timestamp(end.started_at)),
+        finished_at: timestamp(end.finished_at),
+        id,
+    }
 }
 
-fn end_message(end: &End) -> Option<String> {
-    if end.survivors.is_empty() {
-        return None;
-    }
-    Some(format!("processes in uninterruptible sleep could not be ended: {}", end.survivors.join(", ")))
+/// The end of a run of which nobody saw the end: it began when it was last seen to run.
+fn unknown_end(reason: &str, message: &str, record: &ContainerRecord, id: String) -> State {
+    let started_at = match &record.state {
+        State::Running { started_at, .. } => Some(*started_at),
+        State::Waiting { .. } | State::Terminated(_) => None,
+    };
+    State::Terminated(Terminated {
+        exit_code: 137,
+        signal: None,
+        reason: Some(reason.to_owned()),
+        message: message.to_owned(),
+        started_at,
+        finished_at: Timestamp::now(),
+        id,
+    })
 }
 
 async fn join(preparing: &mut Option<Preparing>) -> Result<Prepared, PrepareError> {

@@ -1,0 +1,369 @@
+//! A container's log: CRI's format, rotated, written by a thread of its own so that a file system that is full or hangs
+//! never holds the container up. What cannot be written is dropped and counted.
+//!
+//! Format: `<RFC 3339 with nanoseconds, UTC> stdout|stderr F|P <text>`; P marks a part of a line longer than 16 KiB
+//! (kubelet's design-proposals/node/kubelet-cri-logging.md; containerd's default of max_container_log_line_size).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+/// Longest line in one entry.
+const LINE_BYTES: usize = 16 * 1024;
+
+/// What may wait for the writer: enough for a burst, little enough for hundreds of containers.
+const QUEUE_BYTES: usize = 256 * 1024;
+
+/// A writer without progress for so long is hung.
+const HUNG: Duration = Duration::from_secs(1);
+
+/// The writer's stack: it calls nothing deep.
+const STACK_BYTES: usize = 64 * 1024;
+
+/// How large a log grows and how many of it are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLimits {
+    /// Bytes of one file.
+    pub bytes: u64,
+    /// Files in all.
+    pub files: u32,
+}
+
+impl Default for LogLimits {
+    /// kubelet's own: containerLogMaxSize 10Mi, containerLogMaxFiles 5.
+    fn default() -> Self {
+        Self { bytes: 10 << 20, files: 5 }
+    }
+}
+
+/// Which of a container's outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl Output {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    entries: Vec<u8>,
+    lines: u64,
+    closed: bool,
+    idle: bool,
+    progress: Option<Instant>,
+    lost: u64,
+    error: Option<String>,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // A writer that panicked aborts the process, so a poisoned lock still holds good data.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The log of one run of a container.
+pub struct Log {
+    path: PathBuf,
+    limits: LogLimits,
+    shared: Arc<Shared>,
+    writing: bool,
+    partial: [Vec<u8>; 2],
+}
+
+/// What became of the log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogResult {
+    /// Lines that were not written.
+    pub lost: u64,
+    /// Why.
+    pub error: Option<String>,
+}
+
+impl Log {
+    /// A log at `path`; nothing is opened before the first output.
+    #[must_use]
+    pub fn new(path: PathBuf, limits: LogLimits) -> Self {
+        Self { path, limits, shared: Arc::default(), writing: false, partial: [Vec::new(), Vec::new()] }
+    }
+
+    /// Whether more output should be read now. False while the writer is busy, but true again when it hangs: the output
+    /// is dropped then.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        let queue = self.shared.lock();
+        queue.entries.len() < QUEUE_BYTES || hung(&queue)
+    }
+
+    /// Takes output. `line` is called for each line that is complete.
+    pub fn take(&mut self, output: Output, bytes: &[u8], mut line: impl FnMut(&[u8])) {
+        let stamp = now();
+        let mut entries = Vec::new();
+        let mut lines = 0;
+        let partial = &mut self.partial[output as usize];
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            partial.extend_from_slice(piece);
+            while partial.len() > LINE_BYTES {
+                entry(&mut entries, &stamp, output, 'P', &partial[..LINE_BYTES]);
+                line(&partial[..LINE_BYTES]);
+                lines += 1;
+                partial.drain(..LINE_BYTES);
+            }
+            if partial.last() == Some(&b'\n') {
+                partial.pop();
+                entry(&mut entries, &stamp, output, 'F', partial);
+                line(partial);
+                lines += 1;
+                partial.clear();
+            }
+        }
+        self.push(&entries, lines);
+    }
+
+    /// Takes what stands without a line end at an output's end.
+    pub fn close(&mut self, output: Output, mut line: impl FnMut(&[u8])) {
+        let partial = std::mem::take(&mut self.partial[output as usize]);
+        if !partial.is_empty() {
+            let mut entries = Vec::new();
+            entry(&mut entries, &now(), output, 'F', &partial);
+            line(&partial);
+            self.push(&entries, 1);
+        }
+    }
+
+    fn push(&mut self, entries: &[u8], lines: u64) {
+        if entries.is_empty() {
+            return;
+        }
+        if !self.writing {
+            self.start_writer();
+        }
+        let mut queue = self.shared.lock();
+        if queue.entries.len() >= QUEUE_BYTES && hung(&queue) || !self.writing {
+            queue.lost += lines;
+            queue.error.get_or_insert_with(|| "the file system does not answer".to_owned());
+        } else {
+            queue.entries.extend_from_slice(entries);
+            queue.lines += lines;
+            queue.progress.get_or_insert_with(Instant::now);
+            self.shared.changed.notify_all();
+        }
+    }
+
+    fn start_writer(&mut self) {
+        let (path, limits, shared) = (self.path.clone(), self.limits, Arc::clone(&self.shared));
+        let thread = std::thread::Builder::new().name("log".to_owned()).stack_size(STACK_BYTES);
+        match thread.spawn(move || write_all(&shared, &mut Files { path, limits, file: None, size: 0 })) {
+            Ok(_) => self.writing = true,
+            Err(error) => self.shared.lock().error = Some(error.to_string()),
+        }
+    }
+
+    /// Waits until all is written, at most `limit`, and says what was lost.
+    #[must_use]
+    pub fn finish(&mut self, limit: Duration) -> LogResult {
+        let end = Instant::now() + limit;
+        let mut queue = self.shared.lock();
+        queue.closed = true;
+        self.shared.changed.notify_all();
+        while self.writing && !queue.idle {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                queue.lost += queue.lines;
+                queue.error.get_or_insert_with(|| "the file system does not answer".to_owned());
+                break;
+            }
+            queue = self.shared.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        LogResult { lost: queue.lost, error: queue.error.clone() }
+    }
+}
+
+fn hung(queue: &Queue) -> bool {
+    queue.progress.is_some_and(|since| since.elapsed() > HUNG)
+}
+
+fn now() -> String {
+    jiff::Timestamp::try_from(SystemTime::now()).map_or_else(|_| String::new(), |t| format!("{t:.9}"))
+}
+
+fn entry(entries: &mut Vec<u8>, stamp: &str, output: Output, tag: char, text: &[u8]) {
+    let _ = write!(entries, "{stamp} {} {tag} ", output.name());
+    entries.extend_from_slice(text);
+    entries.push(b'\n');
+}
+
+fn write_all(shared: &Shared, files: &mut Files) {
+    let mut told = 0;
+    loop {
+        let mut queue = shared.lock();
+        while queue.entries.is_empty() {
+            queue.idle = true;
+            queue.progress = None;
+            shared.changed.notify_all();
+            if queue.closed {
+                return;
+            }
+            queue = shared.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.idle = false;
+        queue.progress = Some(Instant::now());
+        let entries = std::mem::take(&mut queue.entries);
+        let lines = std::mem::take(&mut queue.lines);
+        let (lost, error) = (queue.lost, queue.error.clone());
+        drop(queue);
+        let mut result = Ok(());
+        if lost > told {
+            let mut notice = Vec::new();
+            let text = format!("[jiriaf-pilot: {} lines lost: {}]", lost - told, error.unwrap_or_default());
+            entry(&mut notice, &now(), Output::Stderr, 'F', text.as_bytes());
+            result = files.append(&notice);
+            if result.is_ok() {
+                told = lost;
+            }
+        }
+        let result = result.and_then(|()| files.append(&entries));
+        if let Err(error) = result {
+            let mut queue = shared.lock();
+            queue.lost += lines;
+            queue.error = Some(error.to_string());
+        }
+    }
+}
+
+/// The files of a log.
+struct Files {
+    path: PathBuf,
+    limits: LogLimits,
+    file: Option<File>,
+    size: u64,
+}
+
+impl Files {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.file.is_some() && self.size + bytes.len() as u64 > self.limits.bytes && self.size > 0 {
+            self.rotate();
+        }
+        if self.file.is_none() {
+            let file = open(&self.path)?;
+            self.size = file.metadata()?.len();
+            self.file = Some(file);
+        }
+        let Some(file) = &mut self.file else { return Ok(()) };
+        if let Err(error) = file.write_all(bytes) {
+            // Half a line would confuse every reader.
+            let _ = file.set_len(self.size);
+            self.file = None;
+            return Err(error);
+        }
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn rotate(&mut self) {
+        self.file = None;
+        let numbered = |n: u32| PathBuf::from(format!("{}.{n}", self.path.display()));
+        for n in (1..self.limits.files.saturating_sub(1)).rev() {
+            let _ = fs::rename(numbered(n), numbered(n + 1));
+        }
+        if self.limits.files > 1 {
+            let _ = fs::rename(&self.path, numbered(1));
+        } else {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Opens a log for appending, readable by its owner alone.
+///
+/// # Errors
+/// When it cannot be opened.
+pub fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(path: &Path) -> Vec<String> {
+        let all = fs::read_to_string(path).unwrap();
+        all.lines().map(|line| line.splitn(4, ' ').skip(1).collect::<Vec<_>>().join(" ")).collect()
+    }
+
+    #[test]
+    fn lines_come_out_in_order_in_cris_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let mut log = Log::new(path.clone(), LogLimits::default());
+        let mut seen = Vec::new();
+        log.take(Output::Stdout, b"one\ntw", |l| seen.push(l.to_vec()));
+        log.take(Output::Stderr, b"err\n", |l| seen.push(l.to_vec()));
+        log.take(Output::Stdout, b"o\nrest", |l| seen.push(l.to_vec()));
+        log.close(Output::Stdout, |l| seen.push(l.to_vec()));
+        assert_eq!(log.finish(HUNG), LogResult::default());
+        assert_eq!(texts(&path), ["stdout F one", "stderr F err", "stdout F two", "stdout F rest"]);
+        assert_eq!(seen, [&b"one"[..], b"err", b"two", b"rest"]);
+        let first = fs::read_to_string(&path).unwrap();
+        let stamp = first.split(' ').next().unwrap();
+        assert_eq!(stamp.len(), "2016-10-06T00:17:09.669794202Z".len(), "{stamp}");
+    }
+
+    #[test]
+    fn a_long_line_comes_in_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let mut log = Log::new(path.clone(), LogLimits::default());
+        let mut line = vec![b'x'; LINE_BYTES + 10];
+        line.push(b'\n');
+        log.take(Output::Stdout, &line, |_| {});
+        assert_eq!(log.finish(HUNG).lost, 0);
+        let got = texts(&path);
+        assert_eq!(got.len(), 2);
+        assert!(got[0].starts_with("stdout P x") && got[1] == format!("stdout F {}", "x".repeat(10)));
+    }
+
+    #[test]
+    fn a_log_is_rotated_and_only_so_many_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let mut files = Files { path, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
+        for n in 0..20 {
+            files.append(format!("{n:>40}\n").as_bytes()).unwrap();
+        }
+        let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["0.log", "0.log.1", "0.log.2"]);
+        assert!(fs::read_to_string(dir.path().join("0.log")).unwrap().contains("19"));
+    }
+
+    #[test]
+    fn what_a_full_disk_does_not_take_is_counted_and_said() {
+        let mut log = Log::new(PathBuf::from("/dev/full"), LogLimits::default());
+        log.take(Output::Stdout, b"a\nb\nc\n", |_| {});
+        let result = log.finish(Duration::from_secs(5));
+        assert_eq!(result.lost, 3);
+        assert!(result.error.unwrap().contains("No space left"));
+    }
+}

@@ -1,0 +1,375 @@
+//! What a pod needs before its containers can start: its objects, its directory, its volumes, its scripts.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use futures::future::try_join_all;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::container::{ContainerSpec, LogLimits};
+use crate::files;
+use crate::pod::api::{Api, ApiError, Token, TokenWish};
+use crate::pod::command_line::argv;
+use crate::pod::context::{Context, Identity};
+use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
+use crate::pod::environment::{
+    Additions, ConfigError, EnvInput, Facts, Objects, TokenRef, container_env, references,
+};
+use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
+
+/// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
+/// supervisors, which stay at what the job gave them (proc(5), oom_score_adj; raising needs no right).
+const OOM_SCORE_ADJ: i32 = 500;
+
+/// Everything that the starts of a pod's containers need.
+pub struct Prepared {
+    /// The pod's directory.
+    pub directory: PathBuf,
+    /// What the environment and the volumes are made of.
+    objects: Objects,
+    facts: Facts,
+    /// Each container's script, in the spec's order.
+    scripts: Vec<Result<PathBuf, ImageError>>,
+    /// What was left out, for an event.
+    pub notes: Vec<String>,
+}
+
+/// Why a pod cannot start yet.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// An object could not be read.
+    #[error("{what}: {source}")]
+    Api {
+        /// Which one.
+        what: String,
+        /// What the API server said.
+        source: ApiError,
+    },
+    /// A volume cannot be set up.
+    #[error("{0}")]
+    Volume(#[from] VolumeError),
+    /// The pod's directory cannot be had.
+    #[error("{0}")]
+    Directory(#[from] DirectoryError),
+    /// A file of a volume cannot be written.
+    #[error("{path}: {source}; make room or choose another place with --pods-dir", path = path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The preparation was ended from outside.
+    #[error("preparing the pod came to no end: {0}")]
+    Aborted(String),
+}
+
+impl PrepareError {
+    /// The event's reason, as kubelet names it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Directory(_) | Self::Aborted(_) => "FailedCreatePodSandBox",
+            Self::Api { .. } | Self::Volume(_) | Self::Write { .. } => VolumeError::REASON,
+        }
+    }
+}
+
+/// Why a container cannot start yet.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Its image names no script.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// Its environment or command line cannot be made.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+}
+
+impl SpecError {
+    /// The reason of the waiting container.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Image(_) => ImageError::REASON,
+            Self::Config(_) => ConfigError::REASON,
+        }
+    }
+
+    /// Whether an object that appears could mend it.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Config(_))
+    }
+}
+
+/// Reads the pod's objects and makes its directory and volumes.
+///
+/// # Errors
+/// When something is missing; it may be there at the next try.
+pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<Prepared, PrepareError> {
+    let mut notes = Vec::new();
+    let (objects, directory) = tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
+    let (objects, directory) = (objects?, directory?);
+    let facts = Facts {
+        node_name: context.identity.node.clone().unwrap_or_else(|| context.identity.host.clone()),
+        pod_ips: vec![context.identity.ip.clone()],
+        host_ips: vec![context.identity.ip.clone()],
+        allocatable: context.allocatable.clone(),
+    };
+    let mut plans = volumes::plan(pod, &objects, &facts)?;
+    let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
+    let scripts = containers
+        .iter()
+        .zip(&mut plans)
+        .map(|(container, plan)| {
+            let place = volumes::script(container, plan)?;
+            Ok(absolute(&place, &directory, &container.name, &context.places.home))
+        })
+        .collect();
+    let home = context.places.home.clone();
+    let target = directory.clone();
+    let written = tokio::task::spawn_blocking(move || write_volumes(&target, &home, &plans)).await;
+    written.map_err(|error| PrepareError::Aborted(error.to_string()))??;
+    Ok(Prepared { directory, objects, facts, scripts, notes })
+}
+
+async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<Objects, PrepareError> {
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let wanted = references(pod);
+    let failed = |what: String| move |source| PrepareError::Api { what, source };
+    let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
+        let found = api.config_map(namespace, name).await;
+        found.map(|found| found.map(|o| (name.clone(), o))).map_err(failed(format!("configmap {namespace}/{name}")))
+    }));
+    let secrets = try_join_all(wanted.secrets.keys().map(|name| async move {
+        let found = api.secret(namespace, name).await;
+        found.map(|found| found.map(|o| (name.clone(), o))).map_err(failed(format!("secret {namespace}/{name}")))
+    }));
+    let tokens = try_join_all(wanted.tokens.iter().map(|wish| read_token(api, pod, wish)));
+    let (config_maps, secrets, tokens) = futures::try_join!(config_maps, secrets, tokens)?;
+    let mut objects = Objects {
+        config_maps: config_maps.into_iter().flatten().collect(),
+        secrets: secrets.into_iter().flatten().collect(),
+        ..Objects::default()
+    };
+    for (wish, token) in tokens {
+        match token {
+            Token::Granted(token) => {
+                objects.tokens.insert(wish, token);
+            }
+            // In `play` nobody expects one.
+            Token::Denied(_) if matches!(api, Api::Files(_)) => {}
+            Token::Denied(why) => notes.push(format!("the service account's token is left out of its volume: {why}")),
+        }
+    }
+    Ok(objects)
+}
+
+async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, Token), PrepareError> {
+    let part = |text: &Option<String>| text.clone().unwrap_or_default();
+    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.clone());
+    let request = TokenWish {
+        service_account: account.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned()),
+        audience: wish.audience.clone(),
+        expiration_seconds: Some(wish.expiration_seconds),
+    };
+    let meta = &pod.metadata;
+    let token = api.token(&part(&meta.namespace), &part(&meta.name), &part(&meta.uid), &request).await;
+    let what = || format!("token of service account {}", request.service_account);
+    token.map(|token| (wish.clone(), token)).map_err(|source| PrepareError::Api { what: what(), source })
+}
+
+/// The pod's directory: the known one after a restart, else a new one.
+async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<PathBuf, PrepareError> {
+    let marker = marker(&context.identity, pod);
+    if let Some(known) = known.filter(|path| directory::read_marker(path).is_some_and(|m| m.uid == marker.uid)) {
+        return Ok(known);
+    }
+    let parent = context.places.parent(&marker.namespace);
+    let plain = parent.join(&marker.name);
+    let found = blocking(move || directory::look(&plain).unwrap_or(Occupant::None)).await?;
+    let liveness = match &found {
+        Occupant::Pod(other) if other.uid != marker.uid => liveness(context, other).await,
+        _ => Liveness::Alive,
+    };
+    // Only what was asked about may be moved aside; another that came meanwhile counts as alive.
+    let asked = match found {
+        Occupant::Pod(other) => Some(other),
+        _ => None,
+    };
+    let answer = move |other: &Marker| if Some(other) == asked.as_ref() { liveness } else { Liveness::Alive };
+    Ok(blocking(move || directory::claim(&parent, &marker, answer)).await??)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PrepareError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| PrepareError::Aborted(error.to_string()))
+}
+
+fn marker(identity: &Identity, pod: &Pod) -> Marker {
+    let part = |text: &Option<String>| text.clone().unwrap_or_default();
+    Marker {
+        uid: part(&pod.metadata.uid),
+        namespace: part(&pod.metadata.namespace),
+        name: part(&pod.metadata.name),
+        job: identity.job.clone(),
+        host: identity.host.clone(),
+        node: identity.node.clone(),
+        pilot: identity.process.clone(),
+    }
+}
+
+/// Whether the pod of another directory may still be alive: the API server knows for pods of a cluster, the process
+/// table for those of `play`.
+async fn liveness(context: &Context, other: &Marker) -> Liveness {
+    let process = &other.pilot;
+    let pilot_lives = other.host != context.identity.host
+        || (process.boot == context.identity.process.boot
+            && crate::container::process::start_time(process.pid) == Some(process.start));
+    match (&context.api, &other.node) {
+        (Api::Cluster(_), Some(_)) => {
+            match context.api.pod(&other.namespace, &other.name, &other.uid).await {
+                Ok(None) => Liveness::Gone,
+                // Alive, or nobody can say.
+                Ok(Some(_)) | Err(_) => Liveness::Alive,
+            }
+        }
+        _ if pilot_lives => Liveness::Alive,
+        _ => Liveness::Gone,
+    }
+}
+
+fn absolute(place: &Place, directory: &Path, container: &str, home: &Path) -> PathBuf {
+    let root = match place.root {
+        Root::Container => container_dir(directory, container),
+        Root::Pod => directory.to_owned(),
+        Root::Home => home.to_owned(),
+    };
+    root.join(&place.path)
+}
+
+fn container_dir(directory: &Path, container: &str) -> PathBuf {
+    directory.join("containers").join(container)
+}
+
+/// Writes what was planned. Nothing leaves its root, by no `..` and no link.
+fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Result<(), PrepareError> {
+    let fail = |path: &Path| {
+        let path = path.to_owned();
+        move |source: io::Error| PrepareError::Write { path, source }
+    };
+    let pod = files::Root::open(directory).map_err(fail(directory))?;
+    let mut home_root = None;
+    for plan in plans {
+        let own = Path::new("containers").join(&plan.container);
+        pod.create_dir_all(&own.join("logs"), 0o700).map_err(fail(&directory.join(&own)))?;
+        // Every place is beneath the pod's directory or the home directory.
+        let beneath = |place: &Place| match place.root {
+            Root::Container => own.join(&place.path),
+            Root::Pod | Root::Home => place.path.clone(),
+        };
+        for dir in &plan.dirs {
+            let at = absolute(&dir.place, directory, &plan.container, home);
+            let root = root_for(dir.place.root, &pod, &mut home_root, home)?;
+            root.create_dir_all(&beneath(&dir.place), dir.mode).map_err(fail(&at))?;
+        }
+        for link in &plan.links {
+            let at = absolute(&link.place, directory, &plan.container, home);
+            let root = root_for(link.place.root, &pod, &mut home_root, home)?;
+            root.symlink(&link.target, &beneath(&link.place)).map_err(fail(&at))?;
+        }
+        for file in &plan.files {
+            let at = absolute(&file.place, directory, &plan.container, home);
+            let root = root_for(file.place.root, &pod, &mut home_root, home)?;
+            let path = beneath(&file.place);
+            if file.place.root == Root::Home {
+                root.write_own(&path, &file.data, file.mode, &kept_list(directory)).map_err(fail(&at))?;
+            } else {
+                root.write(&path, &file.data, file.mode).map_err(fail(&at))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the files that a pod wrote into the home directory are listed, so that it may replace its own.
+fn kept_list(directory: &Path) -> PathBuf {
+    directory.join(".home-files")
+}
+
+fn root_for<'a>(
+    root: Root,
+    pod: &'a files::Root,
+    home_root: &'a mut Option<files::Root>,
+    home: &Path,
+) -> Result<&'a files::Root, PrepareError> {
+    if root != Root::Home {
+        return Ok(pod);
+    }
+    if home_root.is_none() {
+        let opened = files::Root::open(home);
+        *home_root = Some(opened.map_err(|source| PrepareError::Write { path: home.to_owned(), source })?);
+    }
+    Ok(home_root.as_ref().unwrap_or(pod))
+}
+
+/// What the supervisor of one container is told.
+///
+/// # Errors
+/// When the container has no script, or its environment or command line cannot be made.
+pub fn spec(
+    context: &Context,
+    pod: &Pod,
+    index: usize,
+    restart: u32,
+    prepared: &Prepared,
+) -> Result<ContainerSpec, SpecError> {
+    let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
+    let (Some(container), Some(script)) = (containers.get(index), prepared.scripts.get(index)) else {
+        return Err(ConfigError::ContainerNotFound(index.to_string()).into());
+    };
+    let script = script.clone()?;
+    let own = container_dir(&prepared.directory, &container.name);
+    let drain = *context.drain.borrow();
+    let mark = format!(
+        "{}/{}/{}/{restart}",
+        context.identity.mark,
+        pod.metadata.uid.as_deref().unwrap_or_default(),
+        container.name
+    );
+    let additions = Additions {
+        pod_dir: prepared.directory.display().to_string(),
+        container_dir: own.display().to_string(),
+        drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
+        mark,
+    };
+    let env = container_env(&EnvInput {
+        pod,
+        container,
+        objects: &prepared.objects,
+        facts: &prepared.facts,
+        inherited: &context.inherited,
+        additions: &additions,
+        expand: context.expand,
+    })?;
+    let argv = argv(container, &script.display().to_string(), &env, context.expand)?;
+    let working_dir = match container.working_dir.as_deref().filter(|dir| !dir.is_empty()) {
+        Some(dir) if Path::new(dir).is_absolute() => PathBuf::from(dir),
+        Some(dir) => own.join(dir),
+        None => own.clone(),
+    };
+    let grace = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+    Ok(ContainerSpec {
+        argv,
+        env: env.vars,
+        working_dir,
+        log: own.join("logs").join(format!("{restart}.log")),
+        container_dir: own,
+        log_limits: LogLimits::default(),
+        session: context.policy.session,
+        oom_score_adj: Some(OOM_SCORE_ADJ),
+        orphan_timeout: context.policy.orphan_timeout,
+        drain_at: drain.or_else(|| None::<SystemTime>),
+        grace: std::time::Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
+        forward_output: context.output.is_some(),
+    })
+}
