@@ -150,8 +150,7 @@ fn from_objects(
         }
         for (key, value) in pairs {
             let name = format!("{}{key}", source.prefix.as_deref().unwrap_or(""));
-            // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too; only what an
-            // environment cannot carry is left out.
+            // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too.
             if is_name(&name) {
                 vars.insert(name, value);
             } else {
@@ -162,13 +161,10 @@ fn from_objects(
     Ok(())
 }
 
-/// Whether Kubernetes takes this as a variable's name (apimachinery's `IsEnvVarName`).
+/// Whether an environment can carry such a name (apimachinery's `IsRelaxedEnvVarName`: printable ASCII but
+/// for `=`).
 fn is_name(name: &str) -> bool {
-    let begins = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | '-' | '.');
-    name.starts_with(begins)
-        && name.chars().all(|c| begins(c) || c.is_ascii_digit())
-        && !matches!(name, "." | "..")
-        && !name.starts_with("..")
+    !name.is_empty() && name.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'=')
 }
 
 /// The value of a `valueFrom`; nothing when it is optional and missing.

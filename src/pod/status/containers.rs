@@ -112,5 +112,9 @@ fn terminated(end: &Terminated, limit: usize) -> ContainerState {
 
 /// At most `limit` bytes of `text`, never half a character.
 fn cut(text: &str, limit: usize) -> &str {
-    text.get(..text.floor_char_boundary(limit)).unwrap_or(text)
+    if text.len() <= limit {
+        return text;
+    }
+    // A character has at most four bytes.
+    (0..4).find_map(|back| text.get(..limit.checked_sub(back)?)).unwrap_or_default()
 }
