@@ -22,7 +22,7 @@ pub struct Additions {
 }
 
 /// What the environment of a container is made of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct EnvInput<'a> {
     /// The pod.
     pub pod: &'a Pod,
@@ -41,7 +41,7 @@ pub struct EnvInput<'a> {
 }
 
 /// The environment of one container.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct ContainerEnv {
     /// All of it, each name once, in name order.
     pub vars: Vars,
@@ -51,6 +51,17 @@ pub struct ContainerEnv {
     /// Keys of `envFrom` that can be no variable's name, left out: for an event (kubelet's
     /// `InvalidEnvironmentVariableNames`).
     pub skipped: Vec<String>,
+}
+
+impl std::fmt::Debug for ContainerEnv {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Values may be secret: names alone are shown.
+        let names: Vec<&str> = self.vars.iter().map(|(name, _)| name.as_str()).collect();
+        f.debug_struct("ContainerEnv")
+            .field("vars", &names)
+            .field("skipped", &self.skipped)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ContainerEnv {

@@ -20,7 +20,7 @@ pub type Vars = Vec<(String, String)>;
 
 /// What was read for a pod by its [`References`]. What is missing here was not found (or, for a token, was
 /// denied).
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Objects {
     /// ConfigMaps by name.
     pub config_maps: BTreeMap<String, ConfigMap>,
@@ -28,6 +28,17 @@ pub struct Objects {
     pub secrets: BTreeMap<String, Secret>,
     /// Service account tokens. One that is absent is left out of its volume.
     pub tokens: BTreeMap<TokenRef, String>,
+}
+
+impl std::fmt::Debug for Objects {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // What is in them is secret: their names alone are shown.
+        f.debug_struct("Objects")
+            .field("config_maps", &self.config_maps.keys())
+            .field("secrets", &self.secrets.keys())
+            .field("tokens", &self.tokens.keys())
+            .finish()
+    }
 }
 
 /// What the downward API tells of the node.

@@ -126,6 +126,14 @@ fn the_pilots_variables_stay_and_ours_are_added() {
 }
 
 #[test]
+fn values_are_never_shown() {
+    let env = made(json!({"envFrom": [{"secretRef": {"name": "s"}}]}), Expand::Jiriaf).unwrap();
+    assert_eq!(env.get("A"), Some("s-a"));
+    let shown = format!("{env:?} {:?}", objects());
+    assert!(!shown.contains("s-a") && !shown.contains("cm-b") && !shown.contains("115"), "{shown}");
+}
+
+#[test]
 fn a_pod_cannot_take_the_mark_away() {
     let env = made(json!({"env": [{"name": "JIRIAF_CONTAINER", "value": "x"}]}), Expand::Jiriaf).unwrap();
     assert_eq!(env.get("JIRIAF_CONTAINER"), Some("n/u/c1/0"));

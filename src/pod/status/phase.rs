@@ -89,6 +89,8 @@ pub(super) struct Outcome {
     pub(super) phase: Phase,
     pub(super) reason: Option<String>,
     pub(super) message: Option<String>,
+    /// Whether the pod was over before.
+    pub(super) was_final: bool,
     /// Reason and message of a DisruptionTarget condition to be set now.
     pub(super) disruption: Option<(String, String)>,
 }
@@ -108,6 +110,7 @@ pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> 
             phase: before,
             reason: previous.reason.clone(),
             message: previous.message.clone(),
+            was_final: true,
             disruption: None,
         };
     }
@@ -126,10 +129,11 @@ pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> 
             phase,
             reason: previous.reason.clone(),
             message: previous.message.clone(),
+            was_final: false,
             disruption: None,
         };
     }
-    Outcome { phase, reason, message, disruption }
+    Outcome { phase, reason, message, was_final: false, disruption }
 }
 
 type Decision = (String, String, Option<(String, String)>);

@@ -172,7 +172,7 @@ fn container_statuses_are_sorted_and_true() {
         statuses[1],
         json!({
             "name": "b", "image": "wf", "imageID": "/s.sh", "containerID": "id", "ready": true,
-            "started": true, "restartCount": 0, "state": {"running": {"startedAt": "1970-01-01T00:01:40Z"}},
+            "started": true, "restartCount": 0, "lastState": {}, "state": {"running": {"startedAt": "1970-01-01T00:01:40Z"}},
         })
     );
     let message = statuses[0]["state"]["terminated"]["message"].as_str().unwrap();
@@ -415,6 +415,8 @@ fn a_terminal_phase_is_final() {
         known.status.as_mut().unwrap().phase = Some(phase.to_owned());
         let got = simple(&known, &both(running(), running()), None);
         assert_eq!(got.phase.as_deref(), Some(phase));
+        let got = simple(&known, &[], None);
+        assert_eq!(got.container_statuses, None, "of what is over nothing new is made up");
     }
 }
 
