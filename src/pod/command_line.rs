@@ -69,7 +69,8 @@ mod tests {
 
     #[test]
     fn command_script_and_arguments_in_this_order() {
-        let cases: [(Option<&[&str]>, Option<&[&str]>, &[&str]); 11] = [
+        type List = Option<&'static [&'static str]>;
+        let cases: [(List, List, &[&str]); 11] = [
             (Some(&["bash"]), Some(&["300", "2"]), &["bash", "/p/s.sh", "300", "2"]),
             (None, None, &["/p/s.sh"]),
             (None, Some(&["a"]), &["/p/s.sh", "a"]),

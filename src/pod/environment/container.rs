@@ -22,7 +22,7 @@ pub struct Additions {
 }
 
 /// What the environment of a container is made of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct EnvInput<'a> {
     /// The pod.
     pub pod: &'a Pod,
@@ -41,7 +41,7 @@ pub struct EnvInput<'a> {
 }
 
 /// The environment of one container.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct ContainerEnv {
     /// All of it, each name once, in name order.
     pub vars: Vars,
@@ -51,6 +51,17 @@ pub struct ContainerEnv {
     /// Keys of `envFrom` that can be no variable's name, left out: for an event (kubelet's
     /// `InvalidEnvironmentVariableNames`).
     pub skipped: Vec<String>,
+}
+
+impl std::fmt::Debug for ContainerEnv {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Values may be secret: names alone are shown.
+        let names: Vec<&str> = self.vars.iter().map(|(name, _)| name.as_str()).collect();
+        f.debug_struct("ContainerEnv")
+            .field("vars", &names)
+            .field("skipped", &self.skipped)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ContainerEnv {
@@ -150,8 +161,7 @@ fn from_objects(
         }
         for (key, value) in pairs {
             let name = format!("{}{key}", source.prefix.as_deref().unwrap_or(""));
-            // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too; only what an
-            // environment cannot carry is left out.
+            // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too.
             if is_name(&name) {
                 vars.insert(name, value);
             } else {
@@ -162,13 +172,10 @@ fn from_objects(
     Ok(())
 }
 
-/// Whether Kubernetes takes this as a variable's name (apimachinery's `IsEnvVarName`).
+/// Whether an environment can carry such a name (apimachinery's `IsRelaxedEnvVarName`: printable ASCII but
+/// for `=`).
 fn is_name(name: &str) -> bool {
-    let begins = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | '-' | '.');
-    name.starts_with(begins)
-        && name.chars().all(|c| begins(c) || c.is_ascii_digit())
-        && !matches!(name, "." | "..")
-        && !name.starts_with("..")
+    !name.is_empty() && name.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'=')
 }
 
 /// The value of a `valueFrom`; nothing when it is optional and missing.

@@ -3,6 +3,8 @@
 mod container;
 mod fields;
 mod references;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -18,7 +20,7 @@ pub type Vars = Vec<(String, String)>;
 
 /// What was read for a pod by its [`References`]. What is missing here was not found (or, for a token, was
 /// denied).
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Objects {
     /// ConfigMaps by name.
     pub config_maps: BTreeMap<String, ConfigMap>,
@@ -26,6 +28,17 @@ pub struct Objects {
     pub secrets: BTreeMap<String, Secret>,
     /// Service account tokens. One that is absent is left out of its volume.
     pub tokens: BTreeMap<TokenRef, String>,
+}
+
+impl std::fmt::Debug for Objects {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // What is in them is secret: their names alone are shown.
+        f.debug_struct("Objects")
+            .field("config_maps", &self.config_maps.keys())
+            .field("secrets", &self.secrets.keys())
+            .field("tokens", &self.tokens.keys())
+            .finish()
+    }
 }
 
 /// What the downward API tells of the node.
@@ -120,62 +133,4 @@ fn is_dropped(name: &str) -> bool {
     DROPPED.contains(&name)
         || DROPPED_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
         || DROPPED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(pilot: &[&str], pass: &[&str]) -> Vec<String> {
-        let pilot = pilot.iter().map(|name| ((*name).to_owned(), "v".to_owned()));
-        let pass: Vec<String> = pass.iter().map(|name| (*name).to_owned()).collect();
-        inherited(pilot, &pass).into_iter().map(|(name, _)| name).collect()
-    }
-
-    #[test]
-    fn what_is_secret_or_would_mislead_is_dropped() {
-        let dropped = [
-            "KUBECONFIG",
-            "JIRIAF_WALLTIME",
-            "JIRIAF_CONTAINER",
-            "APISERVER_CERT_LOCATION",
-            "KUBELET_PORT",
-            "VKUBELET_POD_IP",
-            "SLURM_JWT",
-            "SSH_AUTH_SOCK",
-            "PBS_JOBCOOKIE",
-            "GITHUB_TOKEN",
-            "MY_SECRET",
-            "AWS_SECRET_KEY",
-            "DB_PASSWORD",
-            "PMI_RANK",
-            "PMIX_NAMESPACE",
-            "SLURM_CPU_BIND",
-            "SLURM_CPU_BIND_LIST",
-            "SLURM_MEM_PER_NODE",
-            "SLURM_MEM_PER_CPU",
-        ];
-        assert_eq!(names(&dropped, &[]), Vec::<String>::new());
-        for name in dropped {
-            assert_eq!(names(&dropped, &[name]), [name], "--pass-env {name}");
-        }
-    }
-
-    #[test]
-    fn modules_slurm_and_the_users_own_stay() {
-        let kept = [
-            "HOME",
-            "KRB5CCNAME",
-            "LOADEDMODULES",
-            "PASSWORD",
-            "PATH",
-            "PBS_JOBID",
-            "SLURM_CPUS_ON_NODE",
-            "SLURM_JOB_ID",
-            "TOKEN",
-            "TOKENS_A",
-            "XPMI_A",
-        ];
-        assert_eq!(names(&kept, &[]), kept);
-    }
 }

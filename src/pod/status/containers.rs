@@ -42,6 +42,8 @@ fn one(container: &Container, runtime: Option<&ContainerRuntime>, limit: usize) 
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
         started: Some(false),
+        // The API server answers `{}` where there is none; anything else would look like a change.
+        last_state: Some(ContainerState::default()),
         ..ContainerStatus::default()
     };
     let Some(runtime) = runtime else {
@@ -50,7 +52,9 @@ fn one(container: &Container, runtime: Option<&ContainerRuntime>, limit: usize) 
     };
     status.image_id.clone_from(&runtime.image_id);
     status.restart_count = i32::try_from(runtime.restart_count).unwrap_or(i32::MAX);
-    status.last_state = runtime.last.as_ref().map(|last| terminated(last, limit));
+    if let Some(last) = &runtime.last {
+        status.last_state = Some(terminated(last, limit));
+    }
     match &runtime.state {
         State::Waiting { reason, message } => {
             status.container_id = runtime.last.as_ref().and_then(|last| some(&last.id));
@@ -79,7 +83,7 @@ fn close(status: &mut ContainerStatus) {
         return;
     }
     if status.last_state.as_ref().is_some_and(|last| last.terminated.is_some()) {
-        status.state = status.last_state.take();
+        status.state = status.last_state.replace(ContainerState::default());
         return;
     }
     let unknown = ContainerStateTerminated {
@@ -112,5 +116,9 @@ fn terminated(end: &Terminated, limit: usize) -> ContainerState {
 
 /// At most `limit` bytes of `text`, never half a character.
 fn cut(text: &str, limit: usize) -> &str {
-    text.get(..text.floor_char_boundary(limit)).unwrap_or(text)
+    if text.len() <= limit {
+        return text;
+    }
+    // A character has at most four bytes.
+    (0..4).find_map(|back| text.get(..limit.checked_sub(back)?)).unwrap_or_default()
 }

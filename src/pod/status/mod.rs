@@ -69,7 +69,9 @@ pub enum Ending {
     },
     /// It was deleted: no container starts again. Succeeded if all of them ended with 0, else Failed.
     Deleted,
-    /// It was ended because the allocation ends: Failed, unless it had succeeded before.
+    /// It was ended because the allocation ends: Failed, unless it had succeeded before. Whatever the exit
+    /// codes: a script that traps SIGTERM and exits 0 has not done its work. So it is not for a pod whose
+    /// containers had all ended by themselves before the end began.
     NodeShutdown,
     /// It was ended for another reason (its deadline, an eviction): Failed, unless it had succeeded before.
     Failed {
@@ -153,8 +155,11 @@ pub fn status(input: &StatusInput<'_>) -> PodStatus {
     // What is not the node's: kept from the API server's latest.
     let mut new = api;
     new.conditions = Some(conditions::conditions(input, &statuses, &outcome));
-    // Nothing of a pod that was rejected ever was.
-    if !matches!(input.ending, Some(Ending::Rejected { .. })) {
+    // Nothing of a pod that was rejected ever was; of one that is long over nothing may be known any more.
+    let rejected = matches!(input.ending, Some(Ending::Rejected { .. }));
+    if outcome.was_final && input.containers.is_empty() {
+        new.container_statuses = input.previous.container_statuses.clone().or(new.container_statuses);
+    } else if !rejected {
         new.container_statuses = Some(statuses);
     }
     new.phase = Some(outcome.phase.as_str().to_owned());
@@ -168,7 +173,7 @@ pub fn status(input: &StatusInput<'_>) -> PodStatus {
         new.host_ips = Some(vec![HostIP { ip: ip.to_owned() }]);
     }
     // A pod that was rejected never had an address.
-    if let (Some(ip), false) = (input.pod_ip, matches!(input.ending, Some(Ending::Rejected { .. }))) {
+    if let (Some(ip), false) = (input.pod_ip, rejected) {
         new.pod_ip = Some(ip.to_owned());
         new.pod_ips = Some(vec![PodIP { ip: ip.to_owned() }]);
     }

@@ -89,6 +89,8 @@ pub(super) struct Outcome {
     pub(super) phase: Phase,
     pub(super) reason: Option<String>,
     pub(super) message: Option<String>,
+    /// Whether the pod was over before.
+    pub(super) was_final: bool,
     /// Reason and message of a DisruptionTarget condition to be set now.
     pub(super) disruption: Option<(String, String)>,
 }
@@ -108,6 +110,7 @@ pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> 
             phase: before,
             reason: previous.reason.clone(),
             message: previous.message.clone(),
+            was_final: true,
             disruption: None,
         };
     }
@@ -126,10 +129,11 @@ pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> 
             phase,
             reason: previous.reason.clone(),
             message: previous.message.clone(),
+            was_final: false,
             disruption: None,
         };
     }
-    Outcome { phase, reason, message, disruption }
+    Outcome { phase, reason, message, was_final: false, disruption }
 }
 
 type Decision = (String, String, Option<(String, String)>);
@@ -186,15 +190,99 @@ fn by_containers(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> Phase
         }
     }
     let no_more_starts = input.ending.is_some();
+    let will_run_again = stopped != final_ones && !no_more_starts;
     if waiting > 0 || running + stopped == 0 {
         Phase::Pending
-    } else if running > 0 {
-        Phase::Running
-    } else if stopped != final_ones && !no_more_starts {
+    } else if running > 0 || will_run_again {
         Phase::Running
     } else if stopped == succeeded {
         Phase::Succeeded
     } else {
         Phase::Failed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::PodStatus;
+    use serde_json::{Value, from_value, json};
+
+    use super::super::{ContainerRuntime, State, Terminated, status};
+    use super::*;
+
+    fn states() -> Vec<(State, Option<Terminated>)> {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let end = |exit_code| Terminated {
+            exit_code,
+            signal: None,
+            reason: None,
+            message: String::new(),
+            started_at: None,
+            finished_at: now,
+            id: String::new(),
+        };
+        let waiting = || State::Waiting { reason: String::new(), message: String::new() };
+        vec![
+            (waiting(), None),
+            (waiting(), Some(end(0))),
+            (waiting(), Some(end(7))),
+            (State::Running { started_at: now, id: String::new() }, None),
+            (State::Running { started_at: now, id: String::new() }, Some(end(7))),
+            (State::Terminated(end(0)), None),
+            (State::Terminated(end(7)), Some(end(0))),
+        ]
+    }
+
+    #[test]
+    fn over_every_combination_a_final_phase_means_that_nothing_runs_or_will() {
+        let endings = [
+            None,
+            Some(Ending::Deleted),
+            Some(Ending::NodeShutdown),
+            Some(Ending::Failed { reason: "R".into(), message: "M".into(), disruption: Some("D".into()) }),
+        ];
+        for policy in ["Always", "OnFailure", "Never"] {
+            let containers: Value = json!([{"name": "a"}, {"name": "b"}]);
+            let pod: k8s_openapi::api::core::v1::Pod = from_value(
+                json!({"metadata": {}, "spec": {"restartPolicy": policy, "containers": containers}}),
+            )
+            .unwrap();
+            for (a, last_a) in states() {
+                for (b, last_b) in states() {
+                    for ending in &endings {
+                        let one = |name: &str, state: &State, last: &Option<Terminated>| ContainerRuntime {
+                            name: name.to_owned(),
+                            state: state.clone(),
+                            last: last.clone(),
+                            restart_count: 0,
+                            image_id: String::new(),
+                        };
+                        let got = status(&StatusInput {
+                            pod: &pod,
+                            previous: &PodStatus::default(),
+                            containers: &[one("a", &a, &last_a), one("b", &b, &last_b)],
+                            pod_ip: None,
+                            host_ip: None,
+                            start_time: jiff::Timestamp::UNIX_EPOCH,
+                            directory_ready: true,
+                            ending: ending.as_ref(),
+                            now: jiff::Timestamp::UNIX_EPOCH,
+                        });
+                        let says = format!("{policy} {a:?} {b:?} {ending:?}: {:?}", got.phase);
+                        let terminal = Phase::parse(got.phase.as_deref()).is_terminal();
+                        let running = [&a, &b].iter().any(|state| matches!(state, State::Running { .. }));
+                        assert!(!(terminal && running), "{says}");
+                        if ending.is_some() {
+                            assert_eq!(terminal, !running, "what is to end ends: {says}");
+                        } else if policy == "Always" {
+                            assert!(!terminal, "{says}");
+                        }
+                        let disrupted =
+                            got.conditions.iter().flatten().any(|one| one.type_ == "DisruptionTarget");
+                        assert!(!disrupted || terminal, "{says}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -166,7 +166,8 @@ const EMPTY_DIR_MODE: u32 = 0o777;
 const RESERVED: [&str; 2] = ["logs", "pgid"];
 
 /// Plans the volumes of all containers of a pod, in the spec's order. Volumes that no container mounts are
-/// skipped, as a kubelet skips them.
+/// skipped, as a kubelet skips them. What two containers mount beneath the same emptyDir at the same path is
+/// theirs to agree on: the later container's files win.
 ///
 /// # Errors
 /// The first thing that is missing or cannot be served.
@@ -318,6 +319,7 @@ impl<'a> Planner<'a> {
             return Err(self.refused(mount, reserved_text(real)));
         }
         self.make_dir(&Place { root: real.root, path: parent.to_owned() }, DIR_MODE);
+        self.make_dir(&Place { root: Root::Pod, path: PathBuf::from("volumes") }, DIR_MODE);
         self.dirs.insert(target.clone(), EMPTY_DIR_MODE);
         let link: PathBuf = std::iter::repeat_n("..", up).collect();
         self.plan.links.push(PlannedLink { place: real.clone(), target: link.join(&target.path) });
@@ -349,32 +351,28 @@ impl<'a> Planner<'a> {
 
     /// Nothing may be two things at once: a file of two volumes, a file and a directory, a link and either.
     fn check_conflicts(&self) -> Result<(), VolumeError> {
+        let links = self.plan.links.iter().map(|link| {
+            let volume = link.target.file_name().unwrap_or_default().to_string_lossy();
+            (&link.place, volume.into_owned())
+        });
+        let files = self.plan.files.iter().map(|file| {
+            let mount = self.container.volume_mounts.iter().flatten().nth(file.mount);
+            (&file.place, mount.map(|mount| mount.name.clone()).unwrap_or_default())
+        });
         let mut taken: BTreeSet<&Place> = BTreeSet::new();
-        let single = self
-            .plan
-            .links
-            .iter()
-            .map(|link| &link.place)
-            .chain(self.plan.files.iter().map(|file| &file.place));
-        for place in single {
+        for (place, mount) in links.chain(files) {
             if !taken.insert(place) || self.dirs.contains_key(place) {
-                let path = place.path.display().to_string();
                 return Err(VolumeError::Mount {
                     container: self.container.name.clone(),
-                    mount: self.mount_name(place),
-                    path,
-                    problem: "another volumeMount puts something at the same path: give each a mountPath of its own"
-                        .to_owned(),
+                    mount,
+                    path: place.path.display().to_string(),
+                    problem:
+                        "something else is at the same path: give each volumeMount a mountPath of its own"
+                            .to_owned(),
                 });
             }
         }
         Ok(())
-    }
-
-    fn mount_name(&self, place: &Place) -> String {
-        let index = self.plan.files.iter().rev().find(|file| file.place == *place).map(|file| file.mount);
-        let mount = index.and_then(|index| self.container.volume_mounts.as_ref()?.get(index));
-        mount.map(|mount| mount.name.clone()).unwrap_or_default()
     }
 }
 
