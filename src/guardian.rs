@@ -1,1 +1,329 @@
 //! The first process of `run`: takes the batch system's signals, restarts a crashed pilot.
+//!
+//! A job script's `exec` leaves no shell behind that could restart anything, and Slurm signals only its direct child: so
+//! `run` begins as this small, single-threaded process. It starts the pilot, forwards signals to it, starts it again when
+//! it crashes, ends what a dead supervisor leaves, and exits with the pilot's code. Should the pilot still be there when
+//! the deadline comes, it is killed with all that it has.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use signal_hook::iterator::Signals;
+
+use crate::container::{end_supervisors, is_supervisor, process};
+
+/// A pilot that crashes more often than this within [`CRASH_WINDOW`] will not live by being started once more.
+const CRASHES: usize = 3;
+
+/// The time in which crashes are counted.
+const CRASH_WINDOW: Duration = Duration::from_secs(600);
+
+/// A pilot that is still there so long before the deadline hangs.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
+
+/// What containers get when the guardian gives up: what Kubernetes gives a pod that names no grace (30 s) would be more
+/// than a batch system's kill wait allows for.
+const GIVE_UP_GRACE: Duration = Duration::from_secs(5);
+
+/// How often the guardian looks at children that nobody knows, while there are such.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Set for a pilot that is started again, to the number of restarts.
+pub const RESTARTED: &str = "JIRIAF_RESTARTED";
+
+/// What the pilot tells its guardian.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Word {
+    /// When the batch system begins to kill.
+    deadline: Option<SystemTime>,
+    /// Where the supervisors' state is.
+    supervisors: Option<PathBuf>,
+}
+
+/// The pilot's line to its guardian.
+pub struct GuardianLink {
+    stream: Mutex<(UnixStream, Word)>,
+}
+
+impl GuardianLink {
+    /// Takes over the socket that is standard input, and gives standard input to nobody.
+    ///
+    /// # Errors
+    /// When standard input is no socket: nobody's guardian has started this process.
+    pub fn from_stdin() -> io::Result<Self> {
+        let copy = io::stdin().as_fd().try_clone_to_owned()?;
+        let stream = UnixStream::from(copy);
+        stream.peer_addr()?;
+        // The guardian reads at once; one that is stopped must not stop the pilot.
+        stream.set_nonblocking(true)?;
+        nix::unistd::dup2_stdin(fs::File::open("/dev/null")?)?;
+        Ok(Self { stream: Mutex::new((stream, Word::default())) })
+    }
+
+    /// Tells when the batch system begins to kill.
+    pub fn set_deadline(&self, deadline: Option<SystemTime>) {
+        self.tell(|word| word.deadline = deadline);
+    }
+
+    /// Tells where the supervisors' state is.
+    pub fn set_supervisors(&self, directory: &Path) {
+        self.tell(|word| word.supervisors = Some(directory.to_owned()));
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Word)) {
+        let mut guard = self.stream.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (stream, word) = &mut *guard;
+        change(word);
+        if let Ok(mut line) = serde_json::to_vec(word) {
+            line.push(b'\n');
+            // A guardian that is gone needs to know nothing.
+            let _ = stream.write_all(&line);
+        }
+    }
+}
+
+/// Runs the pilot with these arguments until it ends for good.
+#[must_use]
+pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    guard(Path::new("/proc/self/exe"), &arguments)
+}
+
+/// As [`run`], with another program than this one: for tests.
+#[must_use]
+pub fn guard(program: &Path, arguments: &[OsString]) -> ExitCode {
+    match Guardian::begin().and_then(|mut guardian| guardian.guard(program, arguments)) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: the guardian cannot go on: {error}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+struct Guardian {
+    wake: UnixStream,
+    signals: Signals,
+    word: Word,
+    crashes: Vec<Instant>,
+    /// Signals that came while no pilot was there.
+    pending: Vec<i32>,
+}
+
+struct Pilot {
+    pid: Pid,
+    stream: UnixStream,
+    text: Vec<u8>,
+}
+
+const FORWARDED: [Signal; 5] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
+
+impl Guardian {
+    fn begin() -> io::Result<Self> {
+        nix::sys::prctl::set_dumpable(false)?;
+        nix::sys::prctl::set_child_subreaper(true)?;
+        let (wake, write) = UnixStream::pair()?;
+        wake.set_nonblocking(true)?;
+        let signals = Signals::new(FORWARDED.map(|signal| signal as i32))?;
+        for signal in FORWARDED.into_iter().chain([Signal::SIGCHLD]) {
+            signal_hook::low_level::pipe::register(signal as i32, write.try_clone()?)?;
+        }
+        Ok(Self { wake, signals, word: Word::default(), crashes: Vec::new(), pending: Vec::new() })
+    }
+
+    fn guard(&mut self, program: &Path, arguments: &[OsString]) -> io::Result<u8> {
+        let mut restarts = 0u32;
+        loop {
+            let mut pilot = start(program, arguments, restarts)?;
+            for signal in std::mem::take(&mut self.pending) {
+                send(pilot.pid, signal);
+            }
+            let status = self.watch(&mut pilot)?;
+            let code = match status {
+                Ended::Exit(code) => return Ok(code),
+                Ended::TooLate => {
+                    eprintln!("error: the pilot was still there at the deadline; it and all its pods are killed");
+                    self.kill_all(Duration::ZERO);
+                    return Ok(1);
+                }
+                Ended::Crash(signal) => signal,
+            };
+            let now = Instant::now();
+            self.crashes.retain(|crash| now.duration_since(*crash) < CRASH_WINDOW);
+            self.crashes.push(now);
+            if self.crashes.len() > CRASHES {
+                eprintln!(
+                    "error: the pilot crashed ({code}) {} times within {} minutes; its pods are ended",
+                    self.crashes.len(),
+                    CRASH_WINDOW.as_secs() / 60
+                );
+                self.kill_all(GIVE_UP_GRACE);
+                return Ok(1);
+            }
+            restarts += 1;
+            eprintln!("warning: the pilot crashed ({code}); it is started again, its pods go on");
+        }
+    }
+
+    /// Until the pilot has ended.
+    fn watch(&mut self, pilot: &mut Pilot) -> io::Result<Ended> {
+        let mut strays = false;
+        loop {
+            let last = self.word.deadline.and_then(|deadline| deadline.checked_sub(LAST_MOMENT));
+            let left = last.map(|last| last.duration_since(SystemTime::now()).unwrap_or_default());
+            if left.is_some_and(|left| left.is_zero()) {
+                // Its last words first: the deadline may have moved.
+                self.hear(pilot);
+                let moved = self.word.deadline.and_then(|d| d.checked_sub(LAST_MOMENT)) != last;
+                if !moved {
+                    let _ = kill(pilot.pid, Signal::SIGKILL);
+                    return Ok(Ended::TooLate);
+                }
+            }
+            let mut wait = left.unwrap_or(Duration::MAX);
+            if strays {
+                wait = wait.min(LOOK_AGAIN);
+            }
+            let timeout = if wait == Duration::MAX {
+                PollTimeout::NONE
+            } else {
+                PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            };
+            let mut fds = [
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+                PollFd::new(pilot.stream.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let mut bytes = [0; 64];
+            while self.wake.read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
+            let came: Vec<i32> = self.signals.pending().collect();
+            for signal in came {
+                send(pilot.pid, signal);
+            }
+            let heard = self.hear(pilot);
+            if let Some(ended) = reap(pilot.pid) {
+                if matches!(ended, Ended::Crash(_)) {
+                    // What came together with the crash is for the next pilot.
+                    self.pending.extend(self.signals.pending());
+                }
+                return Ok(ended);
+            }
+            strays = self.end_strays(pilot.pid);
+            if !heard {
+                // A pilot that has closed its line is about to end: wait for its death without spinning.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// Takes what the pilot says; false when it says nothing any more.
+    fn hear(&mut self, pilot: &mut Pilot) -> bool {
+        let mut bytes = [0; 4096];
+        loop {
+            match pilot.stream.read(&mut bytes) {
+                Ok(0) => return false,
+                Ok(n) => pilot.text.extend_from_slice(&bytes[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        if let Some(end) = pilot.text.iter().rposition(|byte| *byte == b'\n') {
+            let whole: Vec<u8> = pilot.text.drain(..=end).collect();
+            if let Some(word) = whole.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).next_back() {
+                self.word = word;
+            }
+        }
+        true
+    }
+
+    /// Kills children that are neither the pilot nor supervisors: the remains of dead supervisors. Whether there were any.
+    fn end_strays(&self, pilot: Pid) -> bool {
+        let own = nix::unistd::getpid().as_raw();
+        let mut found = false;
+        for pid in process::children(own).into_iter().filter(|pid| *pid != pilot.as_raw()) {
+            let known = self.word.supervisors.as_ref().is_some_and(|directory| is_supervisor(directory, pid));
+            if !known {
+                found = true;
+                process::kill_tree(pid);
+            }
+        }
+        found
+    }
+
+    /// Ends everything that is left, with `grace` for the containers.
+    fn kill_all(&self, grace: Duration) {
+        if let Some(directory) = &self.word.supervisors {
+            end_supervisors(directory, grace);
+        }
+        let own = nix::unistd::getpid().as_raw();
+        // Bounded: what is left after a second is in uninterruptible sleep.
+        for _ in 0..100 {
+            let left = process::descendants(own);
+            for pid in &left {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            while matches!(waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+            if left.is_empty() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// How a pilot ended.
+enum Ended {
+    Exit(u8),
+    Crash(Signal),
+    TooLate,
+}
+
+fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pilot> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::from(OwnedFd::from(theirs)));
+    if restarts > 0 {
+        command.env(RESTARTED, restarts.to_string());
+    } else {
+        command.env_remove(RESTARTED);
+    }
+    let child = command.spawn()?;
+    Ok(Pilot { pid: Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX)), stream: ours, text: Vec::new() })
+}
+
+fn send(pid: Pid, signal: i32) {
+    if let Ok(signal) = Signal::try_from(signal) {
+        let _ = kill(pid, signal);
+    }
+}
+
+/// Reaps all children that have ended; how the pilot did, if it is among them.
+fn reap(pilot: Pid) -> Option<Ended> {
+    let mut found = None;
+    loop {
+        match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) if pid == pilot => {
+                found = Some(Ended::Exit(u8::try_from(code).unwrap_or(1)));
+            }
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == pilot => found = Some(Ended::Crash(signal)),
+            Ok(WaitStatus::StillAlive) | Err(_) => return found,
+            Ok(_) => {}
+        }
+    }
+}

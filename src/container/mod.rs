@@ -1,1 +1,23 @@
 //! One container: command line, supervisor, process tree, log.
+//!
+//! [`Supervisors::spawn`] starts a supervisor, [`Supervisor::start`] gives it its container, [`Supervisor::next`] tells
+//! what happens. [`supervise`] and [`launch`] are the stages that do it, processes of the same binary.
+
+mod client;
+mod launch;
+mod log;
+mod peer;
+pub mod process;
+mod protocol;
+mod remains;
+mod supervisor;
+
+pub use client::{Supervisor, Supervisors, SupervisorsError};
+pub use launch::launch;
+pub use log::LogLimits;
+pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError};
+pub use remains::{end_marked, end_supervisors, is_supervisor};
+pub use supervisor::supervise;
+
+/// The variable by which what is left of a container is found: `<mark>/<pod uid>/<container>/<restart count>`.
+pub const MARK: &str = "JIRIAF_CONTAINER";

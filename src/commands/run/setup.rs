@@ -213,7 +213,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let port = take_port(args.port)?;
     let places = places(&args.pods, &env, allocation.job_id.as_ref().map(|j| j.value.as_str()), &name)?;
     let mut state = load_state(&state_dir)?;
-    link.set_state_dir(&state_dir);
+    link.set_supervisors(&state_dir.join("containers"));
 
     // The deadline: known before anything is registered.
     let walltime = match args.pods.walltime {
@@ -404,7 +404,7 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         first_start: SystemTime::now(),
         first_left: None,
     };
-    let restarted = std::env::var_os("JIRIAF_RESTARTED").is_some();
+    let restarted = std::env::var_os(crate::guardian::RESTARTED).is_some();
     match fs::read(&path) {
         Ok(bytes) => match serde_json::from_slice::<PilotState>(&bytes) {
             // Only a pilot that its guardian has restarted takes up the old life; anyone else begins a new one.

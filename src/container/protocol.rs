@@ -1,0 +1,257 @@
+//! What pilot, supervisor and third stage say to each other: one JSON text a line, on Unix sockets.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::log::LogLimits;
+
+/// Longest line that is taken. An argument list and an environment are at most 2 MiB (execve(2), ARG_MAX at the usual
+/// stack limit), a little more in JSON.
+pub(super) const LINE_BYTES: usize = 8 << 20;
+
+/// One run of one container.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ContainerId {
+    /// The pod's uid.
+    pub pod_uid: String,
+    /// The container's name.
+    pub name: String,
+    /// Which run: 0, then one more each restart.
+    pub restart: u32,
+}
+
+impl ContainerId {
+    /// The name of the run's state directory. Neither a uid nor a container's name holds a dot or a slash.
+    #[must_use]
+    pub fn directory_name(&self) -> String {
+        format!("{}.{}.{}", self.pod_uid, self.name, self.restart)
+    }
+
+    /// Reads what [`ContainerId::directory_name`] made.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        let mut parts = name.split('.');
+        let (pod_uid, container, restart) = (parts.next()?, parts.next()?, parts.next()?);
+        let whole = parts.next().is_none() && !pod_uid.is_empty() && !container.is_empty();
+        whole.then_some(())?;
+        Some(Self { pod_uid: pod_uid.to_owned(), name: container.to_owned(), restart: restart.parse().ok()? })
+    }
+}
+
+impl std::fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.pod_uid, self.name, self.restart)
+    }
+}
+
+/// Where a container's processes stand among sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Session {
+    /// A session of their own.
+    Own,
+    /// The pilot's session, in a process group of their own: PBS tracks and kills a job by its sessions.
+    Shared,
+}
+
+/// What a supervisor starts. It may hold secrets, so it travels on a socket alone.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// The whole environment.
+    pub env: Vec<(String, String)>,
+    /// Where the program starts.
+    pub working_dir: PathBuf,
+    /// Where `pgid` is written.
+    pub container_dir: PathBuf,
+    /// The log.
+    pub log: PathBuf,
+    /// How large it grows.
+    pub log_limits: LogLimits,
+    /// Where the processes stand among sessions.
+    pub session: Session,
+    /// The kernel's choice when memory runs out (proc(5)); raised only.
+    pub oom_score_adj: Option<i32>,
+    /// How long the container goes on without a pilot.
+    pub orphan_timeout: Duration,
+    /// When it ends without a pilot at the latest.
+    pub drain_at: Option<SystemTime>,
+    /// Between SIGTERM and SIGKILL when it ends without a pilot.
+    pub grace: Duration,
+    /// Whether each line is told to the pilot besides being logged.
+    pub forward_output: bool,
+}
+
+impl std::fmt::Debug for ContainerSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Arguments and environment may be secret.
+        f.debug_struct("ContainerSpec").field("container_dir", &self.container_dir).finish_non_exhaustive()
+    }
+}
+
+/// How a container ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// The first process' own exit code; 128+n when signal n ended it.
+    pub exit_code: i32,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// When its program began.
+    pub started_at: SystemTime,
+    /// When its first process ended.
+    pub finished_at: SystemTime,
+    /// Lines of output that could not be written.
+    pub log_lines_lost: u64,
+    /// Why not.
+    pub log_error: Option<String>,
+    /// Processes in uninterruptible sleep, which no signal ends.
+    pub survivors: Vec<String>,
+}
+
+/// Why a container's program never began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum StartError {
+    /// There is no such program, or not where it was looked for.
+    #[error("{program}: not found; is it installed on this host and in PATH? (a script needs its path, or an interpreter that exists in its first line)")]
+    NotFound {
+        /// The program.
+        program: String,
+    },
+    /// It may not be run.
+    #[error("{program}: {problem}; is it executable, and not on a file system mounted noexec?")]
+    NotExecutable {
+        /// The program.
+        program: String,
+        /// The kernel's words.
+        problem: String,
+    },
+    /// The kernel does not know its format.
+    #[error("{program}: not a program of this machine; a script's first line names its interpreter, such as #!/bin/bash, or give command: [\"bash\"]")]
+    Format {
+        /// The program.
+        program: String,
+    },
+    /// The working directory cannot be entered.
+    #[error("working directory {path}: {problem}")]
+    WorkingDirectory {
+        /// The directory.
+        path: String,
+        /// The kernel's words.
+        problem: String,
+    },
+    /// Something else was refused.
+    #[error("{what}: {problem}")]
+    Other {
+        /// What was done.
+        what: String,
+        /// The kernel's words.
+        problem: String,
+    },
+}
+
+impl StartError {
+    /// The exit code that shells give: 127 for what is not there, 126 for what cannot be run, 128 otherwise.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::NotFound { .. } => 127,
+            Self::NotExecutable { .. } | Self::Format { .. } => 126,
+            Self::WorkingDirectory { .. } | Self::Other { .. } => 128,
+        }
+    }
+}
+
+/// What a supervisor tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The program runs.
+    Started {
+        /// Its process.
+        pid: i32,
+        /// When.
+        at: SystemTime,
+    },
+    /// The program never began.
+    StartFailed(StartError),
+    /// A line of output.
+    Output {
+        /// Whether it came on standard error.
+        stderr: bool,
+        /// The line without its end.
+        line: String,
+    },
+    /// The container is over and nothing of it is left.
+    Ended(End),
+    /// The supervisor itself is gone. Never sent; what the pilot makes of a closed socket.
+    Lost {
+        /// What is known of it.
+        message: String,
+    },
+}
+
+/// What a supervisor is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// Start this.
+    Start(Box<ContainerSpec>),
+    /// SIGTERM now, SIGKILL after this long.
+    Terminate(Duration),
+    /// The drain time has moved.
+    Drain(SystemTime),
+    /// The end is recorded: go.
+    Acknowledge,
+}
+
+/// What the third stage is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Launch {
+    pub argv: Vec<String>,
+    pub working_dir: PathBuf,
+    pub container_dir: PathBuf,
+    pub log: PathBuf,
+    pub session: Session,
+    pub oom_score_adj: Option<i32>,
+}
+
+/// One JSON text and a line end. JSON holds no raw line ends.
+pub(super) fn line<T: Serialize>(message: &T) -> Vec<u8> {
+    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directorys_name_tells_the_run() {
+        let id = ContainerId { pod_uid: "a-b".to_owned(), name: "c1".to_owned(), restart: 12 };
+        assert_eq!(id.directory_name(), "a-b.c1.12");
+        assert_eq!(ContainerId::parse("a-b.c1.12"), Some(id));
+        for bad in ["", "a.b", "a.b.c", "a.b.1.2", ".b.1", "a..1"] {
+            assert_eq!(ContainerId::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_spec_shows_no_secret() {
+        let spec = ContainerSpec {
+            argv: vec!["hush".to_owned()],
+            env: vec![("KEY".to_owned(), "hush".to_owned())],
+            working_dir: PathBuf::new(),
+            container_dir: PathBuf::new(),
+            log: PathBuf::new(),
+            log_limits: LogLimits::default(),
+            session: Session::Own,
+            oom_score_adj: None,
+            orphan_timeout: Duration::ZERO,
+            drain_at: None,
+            grace: Duration::ZERO,
+            forward_output: false,
+        };
+        assert!(!format!("{spec:?}").contains("hush"));
+    }
+}
