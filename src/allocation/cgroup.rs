@@ -1,0 +1,231 @@
+//! The memory limit of this process's cgroup: the smallest one from its own level up to the root.
+//!
+//! Slurm sets the limit at the step's or the job's level and none at the task's, so the own level alone tells nothing.
+//! Paths are never built: Slurm's names change with its version.
+
+use std::path::{Path, PathBuf};
+
+use super::resources::{Roots, read_small};
+
+/// The deepest path that is walked: deeper ones than this are no cgroups of a batch system.
+const MAX_LEVELS: usize = 64;
+
+/// From here on a number is cgroup v1's way to write "no limit" (the largest page-aligned i64).
+const NO_LIMIT: u64 = 1 << 60;
+
+/// A limit and the file in which it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MemoryLimit {
+    pub(super) bytes: u64,
+    /// `cgroup v1 memory.limit_in_bytes` or `cgroup v2 memory.max`.
+    pub(super) kind: &'static str,
+    pub(super) file: PathBuf,
+}
+
+/// A hierarchy in which this process has a memory cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Membership {
+    v2: bool,
+    path: String,
+}
+
+/// Reads /proc/PID/cgroup (cgroups(7)): `4:memory:/a/b` is v1, `0::/a/b` is v2.
+fn memberships(text: &str) -> Vec<Membership> {
+    let lines = text.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let v2 = number == "0" && controllers.is_empty();
+        let memory = controllers.split(',').any(|controller| controller == "memory");
+        (v2 || memory).then(|| Membership { v2, path: path.to_owned() })
+    });
+    lines.collect()
+}
+
+/// Where a hierarchy is mounted, and which of its directories is seen there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mount {
+    v2: bool,
+    root: String,
+    point: PathBuf,
+}
+
+/// Reads the memory hierarchies of /proc/PID/mountinfo (proc_pid_mountinfo(5)).
+fn mounts(text: &str) -> Vec<Mount> {
+    let lines = text.lines().filter_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut before = before.split(' ').skip(3);
+        let (root, point) = (before.next()?, before.next()?);
+        let mut after = after.split(' ');
+        let (kind, options) = (after.next()?, after.nth(1).unwrap_or_default());
+        let v2 = kind == "cgroup2";
+        let memory = kind == "cgroup" && options.split(',').any(|option| option == "memory");
+        // Blanks and the like are written as octal escapes; a hierarchy mounted at such a place is not looked for.
+        (v2 || memory).then(|| Mount { v2, root: root.to_owned(), point: PathBuf::from(point) })
+    });
+    lines.collect()
+}
+
+/// The path below the mount point that stands for `path` of the hierarchy; what is outside of the mount (another cgroup
+/// namespace, a container) is the mount point itself.
+fn below(mount: &Mount, path: &str) -> Vec<String> {
+    let root = mount.root.trim_end_matches('/');
+    let rest = match path.strip_prefix(root) {
+        Some(rest) if rest.is_empty() || rest.starts_with('/') => rest,
+        _ => "",
+    };
+    let components: Vec<_> = rest.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect();
+    if components.iter().any(|part| part == "..") { Vec::new() } else { components }
+}
+
+/// The smallest memory limit above this process that is below the host's memory, where there is one.
+pub(super) fn memory_limit(roots: &Roots, host: Option<u64>) -> Option<MemoryLimit> {
+    let memberships = memberships(&read_small(&roots.proc.join("self/cgroup"))?);
+    let mut mounts =
+        read_small(&roots.proc.join("self/mountinfo")).map(|text| mounts(&text)).unwrap_or_default();
+    if mounts.is_empty() {
+        // The usual places, should mountinfo not be there.
+        let usual = [
+            (true, roots.cgroup.clone()),
+            (true, roots.cgroup.join("unified")),
+            (false, roots.cgroup.join("memory")),
+        ];
+        mounts.extend(usual.map(|(v2, point)| Mount { v2, root: "/".to_owned(), point }));
+    }
+    let limits = memberships.iter().flat_map(|membership| {
+        let mounts = mounts.iter().filter(|mount| mount.v2 == membership.v2);
+        mounts.flat_map(|mount| limits(mount, &below(mount, &membership.path)))
+    });
+    limits
+        .filter(|limit| limit.bytes < NO_LIMIT && host.is_none_or(|host| limit.bytes <= host))
+        .min_by_key(|limit| limit.bytes)
+}
+
+/// The limits of a cgroup and all above it.
+fn limits(mount: &Mount, components: &[String]) -> Vec<MemoryLimit> {
+    let (kind, name) = if mount.v2 {
+        ("cgroup v2 memory.max", "memory.max")
+    } else {
+        ("cgroup v1 memory.limit_in_bytes", "memory.limit_in_bytes")
+    };
+    let levels = components.len().min(MAX_LEVELS);
+    let directories = (0..=levels).map(|depth| {
+        let path: PathBuf = components.iter().take(depth).collect();
+        if depth == 0 { mount.point.clone() } else { mount.point.join(path) }
+    });
+    let read = |directory: PathBuf| {
+        let file = directory.join(name);
+        let bytes = parse_limit(&read_small(&file)?)?;
+        Some(MemoryLimit { bytes, kind, file })
+    };
+    directories.filter_map(read).collect()
+}
+
+/// Reads a limit in bytes; `max` is none.
+fn parse_limit(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
+}
+
+/// Which batch system the names of this process's cgroups speak of.
+pub(super) fn names_batch_system(proc: &Path) -> Option<&'static str> {
+    let text = read_small(&proc.join("self/cgroup"))?;
+    ["slurm", "pbs"].into_iter().find(|name| text.contains(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+
+    fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = Roots {
+            proc: directory.path().join("proc"),
+            cgroup: directory.path().join("cg"),
+            dev: directory.path().join("dev"),
+        };
+        fs::create_dir_all(roots.proc.join("self")).unwrap();
+        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
+        (directory, roots)
+    }
+
+    fn write(roots: &Roots, file: &str, text: &str) {
+        let file = roots.cgroup.join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+
+    #[test]
+    fn the_smallest_limit_of_all_levels_counts_v1() {
+        let (_guard, roots) =
+            host("9:name=systemd:/\n4:cpu,memory:/slurm/uid_7/job_1/step_batch/task_0\n0::/\n");
+        write(&roots, "memory/memory.limit_in_bytes", "9223372036854771712\n");
+        write(&roots, "memory/slurm/uid_7/job_1/memory.limit_in_bytes", "400000000\n");
+        write(&roots, "memory/slurm/uid_7/job_1/step_batch/memory.limit_in_bytes", "300000000\n");
+        write(
+            &roots,
+            "memory/slurm/uid_7/job_1/step_batch/task_0/memory.limit_in_bytes",
+            "9223372036854771712\n",
+        );
+        let limit = memory_limit(&roots, Some(1 << 40)).unwrap();
+        assert_eq!((limit.bytes, limit.kind), (300_000_000, "cgroup v1 memory.limit_in_bytes"));
+        assert!(limit.file.ends_with("step_batch/memory.limit_in_bytes"));
+        // More than the host has is no limit.
+        assert_eq!(memory_limit(&roots, Some(200_000_000)), None);
+    }
+
+    #[test]
+    fn the_smallest_limit_of_all_levels_counts_v2() {
+        let (_guard, roots) = host("0::/system.slice/slurmstepd.scope/job_1/step_0/user/task_0\n");
+        let job = "system.slice/slurmstepd.scope/job_1";
+        write(&roots, &format!("{job}/memory.max"), "500000000\n");
+        write(&roots, &format!("{job}/step_0/memory.max"), "max\n");
+        write(&roots, &format!("{job}/step_0/user/task_0/memory.max"), "max\n");
+        let limit = memory_limit(&roots, None).unwrap();
+        assert_eq!((limit.bytes, limit.kind), (500_000_000, "cgroup v2 memory.max"));
+    }
+
+    #[test]
+    fn the_mount_tells_where_the_hierarchy_is() {
+        let (_guard, roots) = host("0::/\n5:memory:/docker/abc/job_1\n");
+        let point = roots.cgroup.join("odd/place");
+        let mountinfo = format!(
+            "30 20 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+             31 20 0:27 /docker/abc {} rw,nosuid shared:9 - cgroup cgroup rw,memory\n",
+            point.display()
+        );
+        fs::write(roots.proc.join("self/mountinfo"), mountinfo).unwrap();
+        write(&roots, "odd/place/job_1/memory.limit_in_bytes", "1000000\n");
+        assert_eq!(memory_limit(&roots, None).unwrap().bytes, 1_000_000);
+    }
+
+    #[test]
+    fn a_path_outside_of_the_mount_is_the_mount() {
+        let mount = Mount { v2: true, root: "/a".into(), point: "/m".into() };
+        assert_eq!(below(&mount, "/a/b/c"), ["b", "c"]);
+        assert!(below(&mount, "/ab/c").is_empty());
+        assert!(below(&mount, "/a/../x").is_empty());
+        let whole = Mount { root: "/".into(), ..mount };
+        assert_eq!(below(&whole, "/a"), ["a"]);
+        assert!(below(&whole, "/../x").is_empty());
+    }
+
+    #[test]
+    fn a_host_without_cgroups_has_no_limit() {
+        let (_guard, roots) = host("");
+        assert_eq!(memory_limit(&roots, None), None);
+        fs::remove_file(roots.proc.join("self/cgroup")).unwrap();
+        assert_eq!(memory_limit(&roots, None), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_makes_a_parser_panic(text in "(?s).{0,200}", lines in "([0-9:a-z/, -]{0,30}\n){0,4}") {
+            for text in [&text, &lines] {
+                memberships(text);
+                mounts(text);
+                parse_limit(text);
+            }
+        }
+    }
+}

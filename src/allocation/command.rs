@@ -1,0 +1,319 @@
+//! Runs a batch system's program: with a time limit, a bounded answer, and an error that says what happened.
+//!
+//! The pilot is a child subreaper and reaps whatever ends below it. Children started here are waited for here:
+//! the reaper asks [`is_ours`] and leaves them alone.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+use super::environment::Environment;
+
+/// How long squeue, scontrol or qstat may take: they answer in some 10 ms, and a hung server blocks them for as
+/// long as it hangs.
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// How much of a program's output is kept. A job's full description is some 10 KiB; a job with a large
+/// environment (`qsub -V`) stays well below.
+const MAX_OUTPUT: u64 = 1 << 20;
+
+/// How long a killed program is waited for: one in uninterruptible sleep is left to the runtime's orphan queue.
+const KILLED_WAIT: Duration = Duration::from_secs(1);
+
+/// How much of a program's error output goes into a message.
+const MAX_REASON: usize = 300;
+
+static OURS: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+/// Whether this process is a child of ours that [`Program::run`] waits for: whoever else reaps must leave it alone.
+#[must_use]
+pub fn is_ours(pid: i32) -> bool {
+    OURS.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
+}
+
+/// An entry of the registry behind [`is_ours`], which goes when the child is no longer waited for.
+struct Registered(i32);
+
+impl Registered {
+    fn new(pid: i32) -> Self {
+        OURS.lock().unwrap_or_else(PoisonError::into_inner).insert(pid);
+        Self(pid)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        OURS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+/// Why a program gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// No such program in PATH.
+    #[error("no program `{program}` in PATH ({path}): add the batch system's commands to the job's PATH")]
+    NotFound {
+        /// Its name.
+        program: String,
+        /// Where it was looked for.
+        path: String,
+    },
+    /// It could not be started.
+    #[error("cannot start {}: {source}", program.display())]
+    Start {
+        /// Its path.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Its output could not be read.
+    #[error("cannot read the answer of {}: {source}", program.display())]
+    Read {
+        /// Its path.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It gave no answer in time and was killed.
+    #[error("{} gave no answer in {} s and was killed: is the batch system's server down?",
+        program.display(), limit.as_secs_f64())]
+    TimedOut {
+        /// Its path.
+        program: PathBuf,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// It ended with something other than 0.
+    #[error("{} failed ({status}): {reason}", program.display())]
+    Failed {
+        /// Its path.
+        program: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// The first line that it wrote to standard error.
+        reason: String,
+    },
+}
+
+/// What a program answered, whatever its exit code.
+#[derive(Debug)]
+pub struct Output {
+    program: PathBuf,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output, at most 1 MiB of it, as UTF-8.
+    pub stdout: String,
+    stderr: String,
+}
+
+impl Output {
+    /// The first line of its standard error that is not empty, cut to a length that fits a message.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        let line = self.stderr.lines().map(str::trim).find(|line| !line.is_empty());
+        line.unwrap_or("it said nothing on standard error").chars().take(MAX_REASON).collect()
+    }
+
+    /// This output, if the program ended with 0.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`] with the first line of its standard error.
+    pub fn success(self) -> Result<Self, CommandError> {
+        if self.status.success() {
+            return Ok(self);
+        }
+        let reason = self.reason();
+        Err(CommandError::Failed { program: self.program, status: self.status, reason })
+    }
+}
+
+/// A program that is about to be run.
+#[derive(Debug)]
+pub struct Program {
+    path: PathBuf,
+    command: tokio::process::Command,
+}
+
+impl Program {
+    /// The program of this name in the environment's PATH, with that environment.
+    ///
+    /// # Errors
+    /// [`CommandError::NotFound`].
+    pub fn find(name: &str, env: &Environment) -> Result<Self, CommandError> {
+        let path = env.find_program(name).ok_or_else(|| CommandError::NotFound {
+            program: name.to_owned(),
+            path: env.get("PATH").unwrap_or("not set").to_owned(),
+        })?;
+        Ok(Self::at(&path, env))
+    }
+
+    /// The program at this path, with that environment.
+    #[must_use]
+    pub fn at(path: &Path, env: &Environment) -> Self {
+        let mut command = tokio::process::Command::new(path);
+        command.env_clear().envs(env.iter());
+        Self { path: path.to_owned(), command }
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn set(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Takes those of `env`'s variables out of its environment for whose names `unwanted` holds.
+    #[must_use]
+    pub fn without(mut self, env: &Environment, unwanted: impl Fn(&str) -> bool) -> Self {
+        for (name, _) in env.iter().filter(|(name, _)| unwanted(name)) {
+            self.command.env_remove(name);
+        }
+        self
+    }
+
+    /// Runs it in a process group of its own and reads what it says. When the limit is over its whole process
+    /// group is killed.
+    ///
+    /// # Errors
+    /// [`CommandError::Start`], [`CommandError::Read`], [`CommandError::TimedOut`]. That it ended with something
+    /// other than 0 is no error here: see [`Output::success`].
+    pub async fn run(mut self, limit: Duration) -> Result<Output, CommandError> {
+        self.command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        let mut child = self
+            .command
+            .spawn()
+            .map_err(|source| CommandError::Start { program: self.path.clone(), source })?;
+        // No await between spawn and here: the reaper of a one-threaded runtime cannot come in between.
+        let pid = child.id().and_then(|id| i32::try_from(id).ok());
+        let _registered = pid.map(Registered::new);
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+
+        let answer = async {
+            let (stdout, stderr) = tokio::try_join!(read(stdout), read(stderr))?;
+            Ok::<_, std::io::Error>((child.wait().await?, stdout, stderr))
+        };
+        let result = tokio::time::timeout(limit, answer).await;
+        match result {
+            Ok(Ok((status, stdout, stderr))) => Ok(Output { program: self.path, status, stdout, stderr }),
+            Ok(Err(source)) => Err(CommandError::Read { program: self.path, source }),
+            Err(_) => {
+                if let Some(pid) = pid {
+                    // Gone already, or not ours any more: then there is nothing to kill.
+                    let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+                let _ = tokio::time::timeout(KILLED_WAIT, child.wait()).await;
+                Err(CommandError::TimedOut { program: self.path, limit })
+            }
+        }
+    }
+}
+
+/// Reads all, keeps the first [`MAX_OUTPUT`] bytes, so that a talkative program does not block on a full pipe.
+async fn read(pipe: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
+    let Some(mut pipe) = pipe else { return Ok(String::new()) };
+    let mut kept = Vec::new();
+    (&mut pipe).take(MAX_OUTPUT).read_to_end(&mut kept).await?;
+    tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await?;
+    Ok(String::from_utf8_lossy(&kept).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocation::stand_in::StandIn;
+    use std::time::Instant;
+
+    #[tokio::test]
+    async fn a_program_gets_this_environment_and_no_other() {
+        let stand_in = StandIn::new().script("squeue", r#"echo "$A|$B|$HOME|$C""#);
+        let env = stand_in.environment([("A", "1"), ("B", "2")]);
+        let program = Program::find("squeue", &env).unwrap().set("C", "3").without(&env, |name| name == "B");
+        let output = program.run(LIMIT).await.unwrap().success().unwrap();
+        assert_eq!(output.stdout, "1|||3\n");
+    }
+
+    #[tokio::test]
+    async fn a_failure_tells_the_first_line_of_standard_error() {
+        let stand_in = StandIn::new().script("squeue", "echo; echo 'slurm_load_jobs error: no' >&2; exit 3");
+        let output = Program::find("squeue", &stand_in.environment([])).unwrap().run(LIMIT).await.unwrap();
+        assert_eq!(output.status.code(), Some(3));
+        let message = output.success().unwrap_err().to_string();
+        assert!(message.contains("slurm_load_jobs error: no"), "{message}");
+        assert!(message.contains("exit status: 3"), "{message}");
+    }
+
+    #[tokio::test]
+    async fn an_absent_program_is_named() {
+        let stand_in = StandIn::new();
+        let error = Program::find("no-such-squeue", &stand_in.environment([])).unwrap_err();
+        assert!(error.to_string().contains("no-such-squeue"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_hangs_is_killed_with_its_children() {
+        let stand_in = StandIn::new().script("squeue", "sleep 300 & echo $! >\"$OUT\"; wait");
+        let out = stand_in.path().join("pid");
+        let env = stand_in.environment([("OUT", out.to_str().unwrap())]);
+        let began = Instant::now();
+        let error = Program::find("squeue", &env).unwrap().run(Duration::from_millis(500)).await.unwrap_err();
+        assert!(matches!(error, CommandError::TimedOut { .. }), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(5));
+        let child: i32 = std::fs::read_to_string(out).unwrap().trim().parse().unwrap();
+        let gone = || match std::fs::read_to_string(format!("/proc/{child}/stat")) {
+            Ok(stat) => stat.contains(") Z "), // killed; whoever adopted it has not reaped it yet
+            Err(_) => true,
+        };
+        for _ in 0..100 {
+            if gone() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(gone(), "the grandchild {child} lives on");
+    }
+
+    #[tokio::test]
+    async fn a_child_is_registered_while_it_runs_and_not_afterwards() {
+        let stand_in =
+            StandIn::new().script("squeue", "echo $$ >\"$OUT.new\"; mv \"$OUT.new\" \"$OUT\"; sleep 1");
+        let out = stand_in.path().join("pid");
+        let env = stand_in.environment([("OUT", out.to_str().unwrap())]);
+        let run = tokio::spawn(Program::find("squeue", &env).unwrap().run(LIMIT));
+        let pid: i32 = loop {
+            if let Ok(text) = std::fs::read_to_string(&out) {
+                break text.trim().parse().unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        assert!(is_ours(pid));
+        run.await.unwrap().unwrap();
+        assert!(!is_ours(pid));
+    }
+
+    #[tokio::test]
+    async fn endless_output_is_cut() {
+        let stand_in = StandIn::new().script("squeue", "head -c 3000000 /dev/zero");
+        let output = Program::find("squeue", &stand_in.environment([])).unwrap().run(LIMIT).await.unwrap();
+        assert_eq!(output.stdout.len() as u64, MAX_OUTPUT);
+    }
+}
