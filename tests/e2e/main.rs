@@ -6,5 +6,6 @@
 mod harness;
 
 mod ending;
+mod scripts;
 mod seed;
 mod status;
