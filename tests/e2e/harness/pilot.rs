@@ -301,6 +301,19 @@ impl Pilot {
         )
     }
 
+    /// When Slurm will end the job, as it says now.
+    pub fn end_time(&self) -> jiff::Timestamp {
+        let state = self.job_state();
+        let local: jiff::civil::DateTime = state.field("EndTime").parse().unwrap();
+        local.to_zoned(jiff::tz::TimeZone::system()).unwrap().timestamp()
+    }
+
+    /// The label `jiriaf.alivetime` of the pilot's Node, in seconds; None when there is no Node or no label.
+    pub fn alivetime(&self) -> Option<i64> {
+        let node = api::cluster("nodes").get(&self.node)?;
+        node["metadata"]["labels"]["jiriaf.alivetime"].as_str().map(|seconds| seconds.parse().unwrap())
+    }
+
     /// `scontrol update` of the job: `update("TimeLimit=5")`.
     pub fn update(&self, setting: &str) {
         slurm(&["scontrol", "update", &format!("JobId={}", self.job_id()), setting]);
@@ -397,12 +410,12 @@ impl Drop for Pilot {
             // What a broken pilot left behind must not burden the tests that follow.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
-        if failed {
-            // Both may be gone already.
-            for node in self.nodes() {
-                api::cluster("nodes").delete(node["metadata"]["name"].as_str().unwrap_or_default(), None);
-            }
-        } else {
+        // What a pilot could not remove, on purpose of the test or not.
+        for node in self.nodes() {
+            api::cluster("nodes").delete(node["metadata"]["name"].as_str().unwrap_or_default(), None);
+        }
+        // A failed test's files are of use to whoever looks.
+        if !failed {
             let _ = std::fs::remove_dir_all(&self.home);
         }
     }
