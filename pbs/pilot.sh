@@ -5,7 +5,8 @@
 #PBS -N jiriaf-pilot
 #PBS -j oe
 # mpiprocs=1 and place=scatter: each host is once in the job's list of hosts, so it gets one pilot.
-#PBS -l select=1:ncpus=2:mem=2gb:mpiprocs=1,place=scatter,walltime=01:00:00
+# mem last: Slurm, which reads these lines too, takes what follows it up to the comma for its value.
+#PBS -l select=1:ncpus=2:mpiprocs=1:mem=2gb,place=scatter,walltime=01:00:00
 
 # What pbs/qsub-pilot wrote down at submission. Only the path is in the job's environment, which qstat shows
 # to everyone.
@@ -43,7 +44,7 @@ terminated=
 trap 'terminated=yes' TERM
 # What pbsdsh gave each task alone is kept: its number, its host's number, its host's directory.
 # shellcheck disable=SC2016 # expanded by the task
-pbsdsh -- /bin/bash -c 'node=$PBS_NODENUM task=$PBS_TASKNUM tmp=$TMPDIR; . "$1" || exit 1
+pbsdsh -- /bin/bash -c 'node=$PBS_NODENUM task=$PBS_TASKNUM tmp=${TMPDIR:-/tmp}; . "$1" || exit 1
     export PBS_NODENUM=$node PBS_TASKNUM=$task TMPDIR=$tmp; exec "$JIRIAF_PILOT" run' pilot "$environment" &
 # A trapped signal ends `wait`, so wait again until pbsdsh is gone.
 wait $!; status=$?

@@ -5,6 +5,10 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod deletion;
 mod ending;
+mod privacy;
+mod scripts;
 mod seed;
 mod status;
+mod walltime;

@@ -60,8 +60,12 @@ pub fn as_user_without_limit(user: &str, program: &str) -> Command {
 }
 
 fn user_environment(user: &str) -> Command {
-    let mut command = Command::new("runuser");
-    command.args(["-u", user, "--"]).env_clear().current_dir("/");
+    // setpriv execs, so the child that a test has is the program itself; runuser stays between.
+    let mut command = Command::new("setpriv");
+    command
+        .args([&format!("--reuid={user}"), &format!("--regid={user}"), "--init-groups", "--"])
+        .env_clear()
+        .current_dir("/");
     command
         .env("HOME", home(user))
         .env("USER", user)
@@ -95,4 +99,38 @@ pub fn marked(mark: &str) -> Vec<(i32, String)> {
         }
     }
     found
+}
+
+/// What /proc says of where a process stands.
+pub struct Place {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's id.
+    pub parent: i32,
+    /// Its session's id.
+    pub session: i32,
+    /// Its program's name, at most 15 bytes.
+    pub name: String,
+}
+
+/// All processes of this host, each after its parent.
+pub fn places() -> Vec<Place> {
+    let mut places: Vec<Place> = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| place(&std::fs::read_to_string(entry.path().join("stat")).ok()?))
+        .collect();
+    // Pids rise from parent to child, but for the wrap at 4 million, which no test lives to see.
+    places.sort_by_key(|place| place.pid);
+    places
+}
+
+/// proc(5): pid (name) state ppid pgrp session …, where the name may hold blanks and parentheses.
+fn place(stat: &str) -> Option<Place> {
+    let (pid, rest) = stat.split_once(" (")?;
+    let (name, rest) = rest.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(1);
+    let parent = fields.next()?.parse().ok()?;
+    let session = fields.nth(1)?.parse().ok()?;
+    Some(Place { pid: pid.parse().ok()?, parent, session, name: name.into() })
 }

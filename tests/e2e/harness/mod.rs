@@ -5,6 +5,7 @@
 pub mod api;
 mod host;
 mod namespace;
+mod pbs;
 mod pilot;
 mod proxy;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use host::{Output, as_user, marked, run};
 pub use namespace::{Namespace, container, job, pod_spec};
+pub use pbs::PbsJob;
 pub use pilot::{JobState, Options, Pilot, condition, slurm};
 pub use proxy::ApiProxy;
 
@@ -74,9 +76,14 @@ impl Bed {
         self.directory.join("bin/jiriaf-pilot")
     }
 
-    /// The repository.
-    pub fn repository(&self) -> &'static Path {
-        Path::new(env!("CARGO_MANIFEST_DIR"))
+    /// A job script (`slurm/pilot.sh`) or a stand-in (`stand-ins/qstat`), where every user can read it.
+    pub fn script(&self, name: &str) -> PathBuf {
+        self.directory.join("scripts").join(name)
+    }
+
+    /// A recorded answer, such as `pbs/qstat-f-running.json`.
+    pub fn fixture(&self, name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
     }
 
     /// kubectl as cluster-admin, at most 30 s.
@@ -100,6 +107,7 @@ impl Bed {
 }
 
 /// Waits until `condition` gives something, and fails the test when it has not within `limit`.
+#[track_caller]
 pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -112,6 +120,7 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> O
 }
 
 /// As [`wait_for`], for a condition that is true or false.
+#[track_caller]
 pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
     wait_for(what, limit, || condition().then_some(()));
 }

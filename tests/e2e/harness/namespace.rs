@@ -65,6 +65,7 @@ impl Namespace {
 
     /// Waits until the pod is in this phase, and returns it. A pod in another terminal phase fails the test at
     /// once.
+    #[track_caller]
     pub fn wait_phase(&self, name: &str, phase: &str, limit: std::time::Duration) -> Value {
         wait_for(&format!("pod {name} is {phase}"), limit, || {
             let pod = self.pod(name).unwrap_or_else(|| panic!("pod {name} is gone before it was {phase}"));
@@ -79,6 +80,7 @@ impl Namespace {
     }
 
     /// Waits until there is no such pod.
+    #[track_caller]
     pub fn wait_gone(&self, name: &str, limit: std::time::Duration) {
         wait_until(&format!("pod {name} is gone"), limit, || self.pod(name).is_none());
     }

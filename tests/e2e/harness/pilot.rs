@@ -11,7 +11,7 @@ use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
 use super::host::{as_user_without_limit, home};
-use super::{ALICE, api, as_user, bed, marked, run, seconds, unique, wait_for, wait_until};
+use super::{ALICE, PbsJob, api, as_user, bed, marked, run, seconds, unique, wait_for, wait_until};
 
 /// How long a job may wait for a free node: other tests' jobs of some minutes may hold all of them.
 const QUEUE_LIMIT: Duration = seconds(600);
@@ -102,6 +102,7 @@ impl JobState {
 
 impl Pilot {
     /// Submits a pilot and waits until its Nodes are Ready.
+    #[track_caller]
     pub fn sbatch(options: Options) -> Self {
         let mut pilot = Self::submit(&options);
         pilot.wait_ready(options.nodes as usize);
@@ -109,6 +110,7 @@ impl Pilot {
     }
 
     /// Submits a pilot, and waits until its job has started, or ended already.
+    #[track_caller]
     pub fn submit(options: &Options) -> Self {
         let (mut pilot, environment) = Self::prepare(options);
         let mut command = as_user(ALICE, "sbatch");
@@ -122,17 +124,15 @@ impl Pilot {
             .arg(format!("--chdir={}", pilot.home.display()))
             .arg(format!("--output={}", pilot.output_file().display()))
             .args(&options.arguments)
-            .arg(bed().repository().join(options.script))
+            .arg(bed().script(options.script))
             .envs(environment);
-        let output = run_until_accepted(&mut command);
-        let id = output.trim().split(';').next().unwrap_or_default();
-        pilot.job = Some(id.parse().unwrap_or_else(|error| panic!("sbatch said {output:?}: {error}")));
-        wait_until("the job starts", QUEUE_LIMIT, || pilot.job_state().state() != "PENDING");
+        pilot.started_as_job(&run_until_accepted(&mut command));
         pilot
     }
 
     /// Starts `jiriaf-pilot run` by hand for so many seconds, with no batch system, and waits until its Node is
     /// Ready.
+    #[track_caller]
     pub fn local(options: Options, walltime: u32) -> Self {
         let mut pilot = Self::start_local(&options, walltime);
         pilot.wait_ready(1);
@@ -141,13 +141,53 @@ impl Pilot {
 
     /// As [`Pilot::local`], without waiting.
     pub fn start_local(options: &Options, walltime: u32) -> Self {
+        let binary = bed().binary();
+        let mut command = as_user_without_limit(ALICE, binary.to_str().unwrap());
+        command.arg("run").arg(format!("--walltime={walltime}")).args(&options.arguments);
+        Self::start(options, command)
+    }
+
+    /// Starts pbs/pilot.sh as a PBS job would, with stand-ins for qstat and pbsdsh, and waits until its Nodes
+    /// are Ready.
+    #[track_caller]
+    pub fn pbs(mut options: Options, job: &PbsJob) -> Self {
+        options.environment.splice(0..0, job.environment());
+        // A PBS job is a session of its own.
+        let mut command = as_user_without_limit(ALICE, "setsid");
+        command.arg("bash").arg(bed().script("pbs/pilot.sh"));
+        let mut pilot = Self::start(&options, command);
+        pilot.wait_ready(options.nodes as usize);
+        pilot
+    }
+
+    /// Submits pbs/pilot.sh with pbs/qsub-pilot, to the qsub that Slurm has, and waits until its Node is Ready.
+    /// The job starts in alice's real home: only what the settings file brings along tells it of this pilot's.
+    #[track_caller]
+    pub fn qsub(options: Options) -> Self {
+        let (mut pilot, environment) = Self::prepare(&options);
+        let mut command = as_user(ALICE, bed().script("pbs/qsub-pilot").to_str().unwrap());
+        command
+            .arg("--nodes")
+            .arg(options.nodes.to_string())
+            .arg("--walltime")
+            .arg(format!("0:{:02}:00", options.minutes))
+            // Less than the nodes of the test Slurm have.
+            .args(["--mem", "1gb", "--", "-j", "oe", "-o"])
+            .arg(pilot.output_file())
+            .args(&options.arguments)
+            .current_dir(&pilot.home)
+            .envs(environment)
+            .env("KUBECONFIG", pilot.home.join(".kube/config"))
+            .env("JIRIAF_PODS_DIR", &pilot.home);
+        pilot.started_as_job(&run_until_accepted(&mut command));
+        pilot.wait_ready(options.nodes as usize);
+        pilot
+    }
+
+    fn start(options: &Options, mut command: Command) -> Self {
         let (mut pilot, environment) = Self::prepare(options);
         let output = std::fs::File::create(pilot.output_file()).unwrap();
-        let mut command = as_user_without_limit(ALICE, bed().binary().to_str().unwrap());
         command
-            .arg("run")
-            .arg(format!("--walltime={walltime}"))
-            .args(&options.arguments)
             .current_dir(&pilot.home)
             .envs(environment)
             .stdin(Stdio::null())
@@ -155,6 +195,13 @@ impl Pilot {
             .stderr(output);
         pilot.child = Some(command.spawn().unwrap());
         pilot
+    }
+
+    /// Takes the job's id from what sbatch or qsub said, and waits until it runs.
+    fn started_as_job(&mut self, answer: &str) {
+        let id = answer.trim().split([';', '.']).next().unwrap_or_default();
+        self.job = Some(id.parse().unwrap_or_else(|error| panic!("the submission said {answer:?}: {error}")));
+        wait_until("the job starts", QUEUE_LIMIT, || self.job_state().state() != "PENDING");
     }
 
     /// A home of its own for alice, with a kubeconfig; and the environment that goes with it.
@@ -188,6 +235,7 @@ impl Pilot {
     }
 
     /// Waits until so many Nodes of this pilot's site are Ready.
+    #[track_caller]
     pub fn wait_ready(&mut self, count: usize) {
         let what = format!("{count} Ready node(s) of site {}", self.site);
         let ready = wait_for(&what, START_LIMIT, || {
@@ -253,6 +301,19 @@ impl Pilot {
         )
     }
 
+    /// When Slurm will end the job, as it says now.
+    pub fn end_time(&self) -> jiff::Timestamp {
+        let state = self.job_state();
+        let local: jiff::civil::DateTime = state.field("EndTime").parse().unwrap();
+        local.to_zoned(jiff::tz::TimeZone::system()).unwrap().timestamp()
+    }
+
+    /// The label `jiriaf.alivetime` of the pilot's Node, in seconds; None when there is no Node or no label.
+    pub fn alivetime(&self) -> Option<i64> {
+        let node = api::cluster("nodes").get(&self.node)?;
+        node["metadata"]["labels"]["jiriaf.alivetime"].as_str().map(|seconds| seconds.parse().unwrap())
+    }
+
     /// `scontrol update` of the job: `update("TimeLimit=5")`.
     pub fn update(&self, setting: &str) {
         slurm(&["scontrol", "update", &format!("JobId={}", self.job_id()), setting]);
@@ -270,6 +331,12 @@ impl Pilot {
         kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
     }
 
+    /// Ends a [`Pilot::pbs`] as PBS does at qdel and at the walltime: SIGTERM to all of its session.
+    pub fn qdel(&self) {
+        let child = self.child.as_ref().expect("the pilot was started by Pilot::pbs");
+        super::pbs::terminate(child.id().try_into().unwrap());
+    }
+
     /// Whether the job, or the process, is over.
     pub fn ended(&mut self) -> bool {
         match &mut self.child {
@@ -279,12 +346,14 @@ impl Pilot {
     }
 
     /// Waits until the job is over, and returns what Slurm says of it then.
+    #[track_caller]
     pub fn wait_job_over(&mut self, limit: Duration) -> JobState {
         wait_until("the job is over", limit, || self.ended());
         self.job_state()
     }
 
     /// Waits until a pilot that was started by hand has ended, and returns its exit code.
+    #[track_caller]
     pub fn wait_exit(&mut self, limit: Duration) -> Option<i32> {
         wait_until("the pilot has ended", limit, || self.ended());
         self.child.as_mut().and_then(|child| child.wait().unwrap().code())
@@ -341,12 +410,12 @@ impl Drop for Pilot {
             // What a broken pilot left behind must not burden the tests that follow.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
-        if failed {
-            // Both may be gone already.
-            for node in self.nodes() {
-                api::cluster("nodes").delete(node["metadata"]["name"].as_str().unwrap_or_default(), None);
-            }
-        } else {
+        // What a pilot could not remove, on purpose of the test or not.
+        for node in self.nodes() {
+            api::cluster("nodes").delete(node["metadata"]["name"].as_str().unwrap_or_default(), None);
+        }
+        // A failed test's files are of use to whoever looks.
+        if !failed {
             let _ = std::fs::remove_dir_all(&self.home);
         }
     }
@@ -367,11 +436,11 @@ pub fn slurm(words: &[&str]) -> String {
     output.stdout
 }
 
-/// sbatch's answer; slurmctld may be too busy for a moment to give one.
+/// The answer to a submission; slurmctld may be too busy for a moment to give one.
 fn run_until_accepted(command: &mut Command) -> String {
-    wait_for("sbatch accepts the job", seconds(60), || {
+    wait_for("the batch system accepts the job", seconds(60), || {
         let output = run(command);
-        assert!(output.success || output.text.contains("try again"), "sbatch: {}", output.text);
+        assert!(output.success || output.text.contains("try again"), "{command:?}: {}", output.text);
         output.success.then_some(output.stdout)
     })
 }

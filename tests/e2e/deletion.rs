@@ -1,0 +1,43 @@
+//! The end of a pod that somebody deletes, and of what its scripts left behind.
+
+use crate::harness::{Namespace, Options, Pilot, read, seconds, wait_until};
+
+#[test]
+fn a_trap_on_sigterm_runs_to_its_end_within_the_grace() {
+    let namespace = Namespace::new("trap");
+    let pilot = Pilot::local(Options::new("trap"), 600);
+    let done = pilot.home.join("done");
+    let script = format!("trap 'sleep 2; echo yes >{}; exit 0' TERM\nsleep 600 &\nwait\n", done.display());
+    namespace.script_on(&pilot, "p", &script);
+    namespace.wait_phase("p", "Running", seconds(30));
+    namespace.of("pods").delete("p", Some(20));
+    namespace.wait_gone("p", seconds(20));
+    assert_eq!(read(&done), "yes\n");
+}
+
+#[test]
+fn a_container_that_ignores_sigterm_is_gone_at_the_end_of_the_grace() {
+    let namespace = Namespace::new("ignores");
+    let pilot = Pilot::local(Options::new("ignores"), 600);
+    namespace.script_on(&pilot, "p", "trap '' TERM\nsleep 3611 & wait\nsleep 3612\n");
+    let sleeps = || pilot.processes().iter().filter(|(_, line)| line.starts_with("sleep 361")).count();
+    wait_until("the script sleeps", seconds(30), || sleeps() == 1);
+    namespace.wait_phase("p", "Running", seconds(10));
+    namespace.of("pods").delete("p", Some(3));
+    namespace.wait_gone("p", seconds(15));
+    assert_eq!(sleeps(), 0);
+}
+
+#[test]
+fn a_script_that_daemonizes_leaves_nothing_behind() {
+    let namespace = Namespace::new("daemon");
+    let pilot = Pilot::local(Options::new("daemon"), 600);
+    // A session of its own, a double fork, closed descriptors; and the script itself ends at once.
+    let script = "(setsid sh -c 'exec </dev/null >/dev/null 2>&1; (trap \"\" TERM HUP; sleep 3621) & exit' &)\n\
+                  until pgrep -u \"$(id -u)\" -f '^sleep 3621' >/dev/null; do sleep 0.1; done\n";
+    namespace.script_on(&pilot, "p", script);
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let left: Vec<_> =
+        pilot.processes().into_iter().filter(|(_, line)| line.starts_with("sleep 3621")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -1,0 +1,116 @@
+//! A PBS job that a test plays: what the pilot asks `qstat`, the test answers.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, User};
+
+use super::host::{home, places};
+use super::{ALICE, bed, unique};
+
+/// A job with a qstat (tests/pbs/qstat) of its own. Its files go at drop.
+pub struct PbsJob {
+    /// The value of PBS_JOBID.
+    pub id: String,
+    directory: PathBuf,
+}
+
+impl PbsJob {
+    /// A job that starts now, on so many (stand-in) hosts, with a walltime such as `00:05:00`.
+    pub fn new(hosts: usize, walltime: &str) -> Self {
+        let name = unique("pbs");
+        let directory = home(ALICE).join(&name);
+        std::fs::create_dir(&directory).unwrap();
+        // qstat, as alice, writes its calls here.
+        let alice = User::from_name(ALICE).unwrap().expect("tests/slurm/up makes the user");
+        chown(&directory, Some(alice.uid.as_raw()), Some(alice.gid.as_raw())).unwrap();
+        for program in ["qstat", "pbsdsh"] {
+            let copy = directory.join(program);
+            std::fs::copy(bed().script("stand-ins").join(program), &copy).unwrap();
+            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let job = Self { id: format!("{}.pbshost", std::process::id()), directory };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        job.write("stime", &now.to_string());
+        job.walltime(walltime);
+        let lines: String = (0..hosts).map(|number| format!("host{number}\n")).collect();
+        job.write("nodefile", &lines);
+        job
+    }
+
+    /// The walltime from now on, as after qalter.
+    pub fn walltime(&self, walltime: &str) {
+        self.write("walltime", walltime);
+    }
+
+    /// How qstat answers from now on: `json`, `broken-json`, `torque`, `unknown`, `finished`, `refused`, `hang`.
+    pub fn mode(&self, mode: &str) {
+        self.write("mode", mode);
+    }
+
+    /// qstat gives this recorded answer from now on.
+    pub fn recorded(&self, answer: &str) {
+        self.write("answer", answer);
+        self.mode("recorded");
+    }
+
+    /// The arguments of each call of qstat so far.
+    pub fn calls(&self) -> Vec<String> {
+        let calls = std::fs::read_to_string(self.directory.join("calls")).unwrap_or_default();
+        calls.lines().filter_map(|line| line.split_once(' ')).map(|(_, call)| call.to_owned()).collect()
+    }
+
+    /// What PBS gives a job's script, as far as a pilot looks at it.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let own = self.directory.to_str().unwrap();
+        [
+            ("PATH", format!("{own}:/usr/local/bin:/usr/bin:/bin")),
+            ("PBS_JOBID", self.id.clone()),
+            ("PBS_JOBNAME", "pilot".into()),
+            ("PBS_QUEUE", "workq".into()),
+            ("PBS_ENVIRONMENT", "PBS_BATCH".into()),
+            ("PBS_JOBCOOKIE", "0123456789ABCDEF0123456789ABCDEF".into()),
+            ("PBS_NODENUM", "0".into()),
+            ("PBS_TASKNUM", "1".into()),
+            ("PBS_O_HOST", "pbshost".into()),
+            ("PBS_NODEFILE", format!("{own}/nodefile")),
+            ("NCPUS", "1".into()),
+            ("TMPDIR", "/tmp".into()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+
+    /// Written whole: qstat may read it at any moment.
+    fn write(&self, name: &str, text: &str) {
+        let new = self.directory.join(format!("{name}.new"));
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, self.directory.join(name)).unwrap();
+    }
+}
+
+impl Drop for PbsJob {
+    fn drop(&mut self) {
+        // A failed test's calls and answers are of use to whoever looks.
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.directory);
+        }
+    }
+}
+
+/// As PBS does at qdel and at the walltime: SIGTERM to every process of the job's session, the deepest first,
+/// and to those of the sessions of pbsdsh's tasks.
+pub fn terminate(session: i32) {
+    let places = places();
+    let is_pbsdsh = |pid: i32| {
+        places.iter().any(|place| place.pid == pid && place.session == session && place.name == "pbsdsh")
+    };
+    let mut sessions = vec![session];
+    sessions.extend(places.iter().filter(|place| is_pbsdsh(place.parent)).map(|place| place.session));
+    for place in places.iter().rev().filter(|place| sessions.contains(&place.session)) {
+        // It may have ended meanwhile.
+        let _ = kill(Pid::from_raw(place.pid), Signal::SIGTERM);
+    }
+}

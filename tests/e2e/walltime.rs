@@ -1,0 +1,104 @@
+//! The walltime: what a job's own limit does, and what becomes of pods when it is moved.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::harness::{
+    ApiProxy, Namespace, Options, Pilot, api, condition, container, job, pod_spec, seconds, wait_until,
+};
+
+/// Ends by itself at a SIGTERM, and not before.
+const UNTIL_TERM: &str = "trap 'exit 0' TERM\nsleep 1000 &\nwait\n";
+
+#[test]
+fn a_job_of_two_minutes_drains_its_pods_before_the_limit_and_completes() {
+    let namespace = Namespace::new("walltime");
+    let mut pilot = Pilot::sbatch(Options::new("walltime").minutes(2));
+    let end = pilot.end_time();
+    namespace.config_map("wait", &[("run.sh", UNTIL_TERM)]);
+
+    // No retry is allowed, so one failure that counted would fail the Job.
+    let mut work = job(&pilot, "work", 0, pod_spec("Never", &[container("c1", "wait")]));
+    work["spec"]["podFailurePolicy"] =
+        json!({"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]});
+    let jobs = api::grouped("batch/v1", &namespace.name, "jobs");
+    jobs.create(&work);
+    let mut spec = pod_spec("Always", &[container("c1", "wait")]);
+    pilot.place(&mut spec);
+    api::grouped("apps/v1", &namespace.name, "deployments").create(&json!({
+        "metadata": {"name": "service"},
+        "spec": {"selector": {"matchLabels": {"app": "service"}},
+            "template": {"metadata": {"labels": {"app": "service"}}, "spec": spec}},
+    }));
+    wait_until("both pods run", seconds(30), || on_node(&namespace, &pilot, "Running").len() == 2);
+
+    // alivetime is sampled all along.
+    loop {
+        let before = Timestamp::now();
+        let Some(alivetime) = pilot.alivetime() else { break };
+        // To the drain, which comes 30 s before the end. One second for squeue, which answers in whole ones.
+        let promised = before.as_second() + alivetime;
+        assert!(
+            promised <= end.as_second() - 30 + 1,
+            "alivetime {alivetime} at {before}; the job ends at {end}"
+        );
+        assert!(before < end, "the node is still there at the limit");
+        std::thread::sleep(seconds(1));
+    }
+
+    let failed = on_node(&namespace, &pilot, "Failed");
+    assert_eq!(failed.len(), 2, "{failed:#?}");
+    for pod in &failed {
+        assert_eq!(pod["status"]["reason"], "Terminated", "{pod:#}");
+        assert_eq!(condition(pod, "DisruptionTarget")["status"], "True", "{pod:#}");
+    }
+    let work = jobs.get("work").unwrap();
+    assert_eq!(condition(&work, "Failed"), Value::Null, "{:#}", work["status"]);
+    // The two, and a replacement for each that stays Pending.
+    let pods = namespace.of("pods").list("");
+    assert!(pods.len() <= 4, "a storm of {} pods", pods.len());
+
+    let state = pilot.wait_job_over(seconds(30));
+    assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
+    wait_until("the lease is gone", seconds(5), || pilot.lease().is_none());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn a_job_that_loses_the_api_server_before_its_end_still_ends_in_time_and_says_what_was_not_reported() {
+    let namespace = Namespace::new("cut");
+    let proxy = ApiProxy::start();
+    let options = Options { server: Some(proxy.url()), ..Options::new("cut").minutes(2) };
+    let mut pilot = Pilot::sbatch(options);
+    let end = pilot.end_time();
+    namespace.script_on(&pilot, "unreported", UNTIL_TERM);
+    namespace.wait_phase("unreported", "Running", seconds(30));
+
+    wait_until("the last 32 s", seconds(120), || Timestamp::now().as_second() >= end.as_second() - 32);
+    proxy.cut();
+    pilot.wait_job_over(seconds(40));
+    assert!(Timestamp::now() <= end, "the job was over after its limit");
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+    assert!(pilot.output().contains("unreported"), "{}", pilot.output());
+    let state = pilot.job_state();
+    assert_eq!(state.field("ExitCode"), "1:0", "{}", pilot.output());
+}
+
+#[test]
+fn alivetime_and_drain_follow_a_time_limit_that_is_lowered_and_raised() {
+    let pilot = Pilot::sbatch(Options::new("limit").minutes(30));
+    let first = pilot.alivetime().unwrap();
+    assert!((1500..1800).contains(&first), "{first}");
+    pilot.update("TimeLimit=10");
+    // Asked every two minutes, with jitter.
+    wait_until("alivetime falls", seconds(150), || pilot.alivetime().is_some_and(|now| now < 600));
+    pilot.update("TimeLimit=60");
+    wait_until("alivetime rises", seconds(150), || pilot.alivetime().is_some_and(|now| now > 2400));
+}
+
+/// The pods that were bound to the pilot and are in this phase.
+fn on_node(namespace: &Namespace, pilot: &Pilot, phase: &str) -> Vec<Value> {
+    let mut pods = namespace.of("pods").list("");
+    pods.retain(|pod| pod["spec"]["nodeName"] == pilot.node.as_str() && pod["status"]["phase"] == phase);
+    pods
+}
