@@ -221,8 +221,8 @@ pub struct Taint {
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
     match parse_walltime(text) {
-        Ok(Walltime::Limited(duration)) => Ok(duration),
-        Ok(Walltime::None) => Ok(Duration::ZERO),
+        Ok(Walltime::Limit(duration)) => Ok(duration),
+        Ok(Walltime::Zero) => Ok(Duration::ZERO),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -255,7 +255,8 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 }
 
 fn parse_taint(text: &str) -> Result<Taint, String> {
-    let wanted = || "KEY[=VALUE]:EFFECT is wanted, EFFECT being NoSchedule, PreferNoSchedule or NoExecute".to_owned();
+    let wanted =
+        || "KEY[=VALUE]:EFFECT is wanted, EFFECT being NoSchedule, PreferNoSchedule or NoExecute".to_owned();
     let (head, effect) = text.rsplit_once(':').ok_or_else(wanted)?;
     if !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute") || head.is_empty() {
         return Err(wanted());
@@ -282,9 +283,26 @@ pub fn main() -> ExitCode {
         Command::Run(run) => commands::run::guard(&run, args),
         Command::Pilot(run) => with_log(&cli.log, || commands::run::pilot(*run)),
         Command::Play(play) => with_log(&cli.log, || commands::play::run(*play)),
-        Command::Allocation(allocation) => with_log(&cli.log, || commands::allocation::run(&allocation)),
+        Command::Allocation(allocation) => with_log(&cli.log, || {
+            let walltime = match allocation.walltime {
+                Some(Walltime::Limit(duration)) => Some(duration),
+                Some(Walltime::Zero) | None => None,
+            };
+            block_on(commands::allocation::run(allocation.output == Output::Json, walltime))
+        }),
         Command::Check(run) => with_log("warn", || commands::check::run(*run)),
         Command::Clean(clean) => with_log(&cli.log, || commands::clean::run(&clean)),
+    }
+}
+
+/// Runs a command that waits for others, on one thread.
+fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(command),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(1)
+        }
     }
 }
 
@@ -294,7 +312,9 @@ fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
     let filter = match tracing_subscriber::EnvFilter::try_new(filter) {
         Ok(filter) => filter,
         Err(error) => {
-            eprintln!("error: invalid value '{filter}' for '--log': {error}; wanted: error, warn, info or debug");
+            eprintln!(
+                "error: invalid value '{filter}' for '--log': {error}; wanted: error, warn, info or debug"
+            );
             return ExitCode::from(2);
         }
     };

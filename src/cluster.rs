@@ -40,7 +40,9 @@ pub struct Kube {
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
     /// The kubeconfig cannot be read or does not say what is needed.
-    #[error("kubeconfig {source_name}: {problem}; name a readable kubeconfig with --kubeconfig or KUBECONFIG")]
+    #[error(
+        "kubeconfig {source_name}: {problem}; name a readable kubeconfig with --kubeconfig or KUBECONFIG"
+    )]
     Kubeconfig {
         /// The file, or what else was tried.
         source_name: String,
@@ -201,8 +203,6 @@ async fn from_file(path: &Path) -> Result<(String, kube::Config, AuthInfo), Clus
 /// When a credential that nobody renews expires: that of a client certificate, or of a token that is written into the
 /// kubeconfig. Token files and exec plugins are read anew.
 fn expiry(auth: &AuthInfo) -> Option<SystemTime> {
-    use k8s_openapi::ByteString;
-    let _ = ByteString::default();
     if auth.exec.is_some() || auth.token_file.is_some() || auth.auth_provider.is_some() {
         return None;
     }
@@ -211,7 +211,8 @@ fn expiry(auth: &AuthInfo) -> Option<SystemTime> {
         (None, Some(path)) => std::fs::read(PathBuf::from(path)).ok(),
         (None, None) => None,
     };
-    let token = auth.token.as_ref().and_then(|token| token_expiry(kube::config::ExposeSecret::expose_secret(token)));
+    let token =
+        auth.token.as_ref().and_then(|token| token_expiry(secrecy::ExposeSecret::expose_secret(token)));
     [certificate.as_deref().and_then(certificate_expiry), token].into_iter().flatten().min()
 }
 
@@ -268,6 +269,9 @@ mod tests {
         let path = dir.path().join("config");
         std::fs::write(&path, "clusters: [").unwrap();
         let error = Kube::load(Some(&path), None).await.unwrap_err();
-        assert!(error.to_string().contains("config") && error.to_string().contains("--kubeconfig"), "{error}");
+        assert!(
+            error.to_string().contains("config") && error.to_string().contains("--kubeconfig"),
+            "{error}"
+        );
     }
 }

@@ -98,8 +98,14 @@ mod tests {
 
     #[test]
     fn leads_are_a_part_of_the_time_within_bounds() {
-        for (left, cordon, drain) in [(60, 40, 30), (118, 40, 30), (250, 50, 30), (400, 80, 40), (3600, 120, 60)] {
-            assert_eq!(Leads::new(s(left), None, None), Leads { cordon: s(cordon), drain: s(drain) }, "{left}");
+        for (left, cordon, drain) in
+            [(60, 40, 30), (118, 40, 30), (250, 50, 30), (400, 80, 40), (3600, 120, 60)]
+        {
+            assert_eq!(
+                Leads::new(s(left), None, None),
+                Leads { cordon: s(cordon), drain: s(drain) },
+                "{left}"
+            );
         }
         assert_eq!(Leads::new(s(3600), Some(s(10)), Some(s(20))), Leads { cordon: s(20), drain: s(20) });
     }

@@ -136,7 +136,8 @@ impl Root {
         let (parent, name) = self.parent(path)?;
         let temporary = temporary_name(name);
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mut file = File::from(openat(&parent, temporary.as_str(), flags, Mode::from_bits_truncate(0o600))?);
+        let mut file =
+            File::from(openat(&parent, temporary.as_str(), flags, Mode::from_bits_truncate(0o600))?);
         let written = file
             .write_all(bytes)
             .and_then(|()| Ok(fchmod(&file, Mode::from_bits_truncate(mode))?))
@@ -157,7 +158,8 @@ impl Root {
         let ours = known.lines().any(|known| known == line);
         let (parent, name) = self.parent(path)?;
         if !ours {
-            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let flags =
+                OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             match openat(&parent, name, flags, Mode::from_bits_truncate(0o600)) {
                 Ok(made) => drop(made),
                 Err(Errno::EEXIST) => {
@@ -179,7 +181,11 @@ impl Root {
         let (parent, name) = self.parent(path)?;
         match symlinkat(target, &parent, name) {
             Ok(()) => Ok(()),
-            Err(Errno::EEXIST) if nix::fcntl::readlinkat(&parent, name).is_ok_and(|found| found == target) => Ok(()),
+            Err(Errno::EEXIST)
+                if nix::fcntl::readlinkat(&parent, name).is_ok_and(|found| found == target) =>
+            {
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -224,7 +230,8 @@ impl Root {
 }
 
 fn leaves(path: &Path) -> io::Error {
-    let problem = format!("{} would leave its root; a relative path of plain names is wanted", path.display());
+    let problem =
+        format!("{} would leave its root; a relative path of plain names is wanted", path.display());
     io::Error::new(io::ErrorKind::InvalidInput, problem)
 }
 

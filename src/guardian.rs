@@ -128,7 +128,8 @@ struct Pilot {
     text: Vec<u8>,
 }
 
-const FORWARDED: [Signal; 5] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
+const FORWARDED: [Signal; 5] =
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
 impl Guardian {
     fn begin() -> io::Result<Self> {
@@ -154,7 +155,9 @@ impl Guardian {
             let code = match status {
                 Ended::Exit(code) => return Ok(code),
                 Ended::TooLate => {
-                    eprintln!("error: the pilot was still there at the deadline; it and all its pods are killed");
+                    eprintln!(
+                        "error: the pilot was still there at the deadline; it and all its pods are killed"
+                    );
                     self.kill_all(Duration::ZERO);
                     return Ok(1);
                 }
@@ -244,7 +247,9 @@ impl Guardian {
         }
         if let Some(end) = pilot.text.iter().rposition(|byte| *byte == b'\n') {
             let whole: Vec<u8> = pilot.text.drain(..=end).collect();
-            if let Some(word) = whole.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).next_back() {
+            if let Some(word) =
+                whole.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).next_back()
+            {
                 self.word = word;
             }
         }
@@ -277,7 +282,9 @@ impl Guardian {
             for pid in &left {
                 let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
-            while matches!(waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+            while matches!(waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+            {
+            }
             if left.is_empty() {
                 return;
             }
@@ -304,7 +311,11 @@ fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pi
         command.env_remove(RESTARTED);
     }
     let child = command.spawn()?;
-    Ok(Pilot { pid: Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX)), stream: ours, text: Vec::new() })
+    Ok(Pilot {
+        pid: Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX)),
+        stream: ours,
+        text: Vec::new(),
+    })
 }
 
 fn send(pid: Pid, signal: i32) {

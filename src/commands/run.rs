@@ -54,13 +54,14 @@ pub fn pilot(args: RunArgs) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(8).build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: the pilot cannot start: {error}");
-            return ExitCode::from(1);
-        }
-    };
+    let runtime =
+        match tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(8).build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                eprintln!("error: the pilot cannot start: {error}");
+                return ExitCode::from(1);
+            }
+        };
     let code = runtime.block_on(live(args, link));
     // A file system that hangs may hold a blocking thread for ever.
     runtime.shutdown_background();
@@ -94,7 +95,10 @@ async fn live(args: RunArgs, link: GuardianLink) -> ExitCode {
 async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
     tracing::error!("{error}");
     if error.is_refusal() && std::env::var_os("SLURM_JOB_ID").or(std::env::var_os("PBS_JOBID")).is_some() {
-        tracing::info!(seconds = REFUSED_PAUSE.as_secs(), "waiting before exit, so that a chain of jobs does not spin");
+        tracing::info!(
+            seconds = REFUSED_PAUSE.as_secs(),
+            "waiting before exit, so that a chain of jobs does not spin"
+        );
         tokio::select! {
             () = tokio::time::sleep(REFUSED_PAUSE) => {}
             _ = signals.until_end() => {}
@@ -176,7 +180,11 @@ impl Cordon {
 }
 
 /// Waits until a value holds, or the time is over; whether it holds.
-async fn holds<T>(receiver: &mut watch::Receiver<T>, limit: Duration, wanted: impl FnMut(&T) -> bool) -> bool {
+async fn holds<T>(
+    receiver: &mut watch::Receiver<T>,
+    limit: Duration,
+    wanted: impl FnMut(&T) -> bool,
+) -> bool {
     matches!(tokio::time::timeout(limit, receiver.wait_for(wanted)).await, Ok(Ok(_)))
 }
 

@@ -75,8 +75,10 @@ impl Supervisors {
     /// # Errors
     /// When the directory cannot be made or is not ours alone.
     pub fn new(directory: &Path, mark: String) -> Result<Self, SupervisorsError> {
-        files::private_dir(directory)
-            .map_err(|error| SupervisorsError { path: directory.to_owned(), source: io::Error::other(error) })?;
+        files::private_dir(directory).map_err(|error| SupervisorsError {
+            path: directory.to_owned(),
+            source: io::Error::other(error),
+        })?;
         // This binary, also when its file is replaced while the job runs.
         let executable = PathBuf::from("/proc/self/exe");
         Ok(Self { directory: directory.to_owned(), executable, mark, known: Arc::default() })
@@ -110,7 +112,8 @@ impl Supervisors {
         let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
         self.known.lock().insert(pid, ());
         let owner = Owner { child: Some(child), pid, known: Arc::clone(&self.known) };
-        Supervisor::new(id, ours, directory.clone(), owner, &self.mark).map_err(|error| fail(&directory, error))
+        Supervisor::new(id, ours, directory.clone(), owner, &self.mark)
+            .map_err(|error| fail(&directory, error))
     }
 
     /// Connects to the supervisors of before a crash. What is left of dead ones is removed.
@@ -176,12 +179,16 @@ impl Supervisors {
                 continue;
             }
             let first = *seen.entry(pid).or_insert_with(Instant::now);
-            let marked = process::variable(pid, MARK).is_some_and(|mark| remains::is_marked(&mark, &self.mark));
+            let marked =
+                process::variable(pid, MARK).is_some_and(|mark| remains::is_marked(&mark, &self.mark));
             let zombie = process::stat(pid).is_some_and(|stat| stat.state == 'Z');
             if zombie && first.elapsed() > DEATH_LIMIT {
                 let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
             } else if marked || first.elapsed() > UNKNOWN_LIMIT {
-                tracing::warn!(process = process::describe(pid), "the remains of a dead supervisor are killed");
+                tracing::warn!(
+                    process = process::describe(pid),
+                    "the remains of a dead supervisor are killed"
+                );
                 process::kill_tree(pid);
                 // Its children come to this process now; they are looked for in a moment.
                 self.known.look.notify_one();
@@ -220,11 +227,26 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    fn new(id: ContainerId, stream: StdStream, directory: PathBuf, owner: Owner, mark: &str) -> io::Result<Self> {
+    fn new(
+        id: ContainerId,
+        stream: StdStream,
+        directory: PathBuf,
+        owner: Owner,
+        mark: &str,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (reader, writer) = UnixStream::from_std(stream)?.into_split();
         let mark = format!("{mark}/{id}");
-        Ok(Self { id, reader: BufReader::new(reader), writer, partial: Vec::new(), directory, owner, mark, over: false })
+        Ok(Self {
+            id,
+            reader: BufReader::new(reader),
+            writer,
+            partial: Vec::new(),
+            directory,
+            owner,
+            mark,
+            over: false,
+        })
     }
 
     /// Which run it is.
@@ -307,7 +329,9 @@ impl Supervisor {
     pub async fn acknowledge(mut self) {
         self.order(&Order::Acknowledge).await;
         let end = Instant::now() + DEATH_LIMIT;
-        while let Ok(WaitStatus::StillAlive) = waitpid(Pid::from_raw(self.owner.pid), Some(WaitPidFlag::WNOHANG)) {
+        while let Ok(WaitStatus::StillAlive) =
+            waitpid(Pid::from_raw(self.owner.pid), Some(WaitPidFlag::WNOHANG))
+        {
             if Instant::now() > end {
                 break;
             }

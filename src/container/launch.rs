@@ -32,9 +32,14 @@ pub fn launch() -> ExitCode {
     let socket = UnixStream::from(copy);
     let mut text = Vec::new();
     let read = BufReader::new((&socket).take(LINE_BYTES as u64)).read_until(b'\n', &mut text);
-    let launch: Launch = match read.map_err(|e| e.to_string()).and_then(|_| serde_json::from_slice(&text).map_err(|e| e.to_string())) {
+    let launch: Launch = match read
+        .map_err(|e| e.to_string())
+        .and_then(|_| serde_json::from_slice(&text).map_err(|e| e.to_string()))
+    {
         Ok(launch) => launch,
-        Err(problem) => return fail(&socket, &StartError::Other { what: "reading what to start".to_owned(), problem }),
+        Err(problem) => {
+            return fail(&socket, &StartError::Other { what: "reading what to start".to_owned(), problem });
+        }
     };
     let error = become_container(&launch).err().unwrap_or_else(|| exec(&launch));
     fail(&socket, &error)
@@ -53,7 +58,9 @@ fn other(what: &str) -> impl Fn(Errno) -> StartError {
 fn become_container(launch: &Launch) -> Result<(), StartError> {
     match launch.session {
         Session::Own => setsid().map(drop).map_err(other("making a session"))?,
-        Session::Shared => setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(other("making a process group"))?,
+        Session::Shared => {
+            setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(other("making a process group"))?
+        }
     }
     umask(Mode::from_bits_truncate(0o022));
     let pgid = launch.container_dir.join("pgid");
@@ -68,7 +75,8 @@ fn become_container(launch: &Launch) -> Result<(), StartError> {
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
     }
     let null = fs::OpenOptions::new().read(true).custom_flags(0).open("/dev/null");
-    let null = null.map_err(|error| StartError::Other { what: "/dev/null".to_owned(), problem: error.to_string() })?;
+    let null =
+        null.map_err(|error| StartError::Other { what: "/dev/null".to_owned(), problem: error.to_string() })?;
     dup2_stdin(&null).map_err(other("standard input"))?;
     std::env::set_current_dir(&launch.working_dir).map_err(|error| StartError::WorkingDirectory {
         path: launch.working_dir.display().to_string(),
@@ -115,7 +123,9 @@ fn explain(program: &str, error: &io::Error) -> StartError {
     let program = program.to_owned();
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT | Errno::ENOTDIR) => StartError::NotFound { program },
-        Some(Errno::EACCES | Errno::EPERM) => StartError::NotExecutable { program, problem: error.to_string() },
+        Some(Errno::EACCES | Errno::EPERM) => {
+            StartError::NotExecutable { program, problem: error.to_string() }
+        }
         Some(Errno::ENOEXEC) => StartError::Format { program },
         _ => StartError::Other { what: program, problem: error.to_string() },
     }

@@ -31,7 +31,8 @@ impl Peer {
 
     /// Whether the other end is a process of the same user (unix(7), SO_PEERCRED).
     pub(super) fn is_same_user(&self) -> bool {
-        getsockopt(&self.stream, PeerCredentials).is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw())
+        getsockopt(&self.stream, PeerCredentials)
+            .is_ok_and(|peer| peer.uid() == nix::unistd::geteuid().as_raw())
     }
 
     pub(super) fn is_closed(&self) -> bool {

@@ -42,7 +42,8 @@ pub fn start_time(pid: i32) -> Option<u64> {
 /// The id of this boot; empty where the kernel does not tell.
 #[must_use]
 pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(|_| String::new(), |id| id.trim().to_owned())
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_or_else(|_| String::new(), |id| id.trim().to_owned())
 }
 
 /// The children of a process, of all its threads.
@@ -58,7 +59,11 @@ pub fn children(pid: i32) -> Vec<i32> {
         }
     }
     // A kernel without CONFIG_PROC_CHILDREN has no such file: look at every process then.
-    if readable { found } else { all().into_iter().filter(|p| stat(*p).is_some_and(|s| s.parent == pid)).collect() }
+    if readable {
+        found
+    } else {
+        all().into_iter().filter(|p| stat(*p).is_some_and(|s| s.parent == pid)).collect()
+    }
 }
 
 /// All processes that are visible.
@@ -141,7 +146,8 @@ impl Identity {
     /// Whether the process still is there (and no zombie).
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.boot == boot_id() && stat(self.pid).is_some_and(|stat| stat.start == self.start && stat.state != 'Z')
+        self.boot == boot_id()
+            && stat(self.pid).is_some_and(|stat| stat.start == self.start && stat.state != 'Z')
     }
 }
 
@@ -166,7 +172,8 @@ mod tests {
 
     #[test]
     fn this_process_knows_itself_and_its_child() {
-        let mut child = std::process::Command::new("sleep").arg("60").env("JIRIAF_TEST_MARK", "x y").spawn().unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("60").env("JIRIAF_TEST_MARK", "x y").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let own = Identity::own();
         assert!(own.is_alive());

@@ -114,7 +114,9 @@ pub struct End {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum StartError {
     /// There is no such program, or not where it was looked for.
-    #[error("{program}: not found; is it installed on this host and in PATH? (a script needs its path, or an interpreter that exists in its first line)")]
+    #[error(
+        "{program}: not found; is it installed on this host and in PATH? (a script needs its path, or an interpreter that exists in its first line)"
+    )]
     NotFound {
         /// The program.
         program: String,
@@ -128,7 +130,9 @@ pub enum StartError {
         problem: String,
     },
     /// The kernel does not know its format.
-    #[error("{program}: not a program of this machine; a script's first line names its interpreter, such as #!/bin/bash, or give command: [\"bash\"]")]
+    #[error(
+        "{program}: not a program of this machine; a script's first line names its interpreter, such as #!/bin/bash, or give command: [\"bash\"]"
+    )]
     Format {
         /// The program.
         program: String,

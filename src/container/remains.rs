@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::MARK;
 use super::process::{self, Identity};
 use super::protocol::{Order, line};
 use super::supervisor::{IDENTITY, SOCKET};
-use super::MARK;
 
 /// Rounds of looking and killing: a process that forks faster than this is killed with its parent in the next one.
 const ROUNDS: usize = 50;
@@ -70,7 +70,8 @@ pub(super) async fn end_marked_until_gone(prefix: &str) -> usize {
 #[must_use]
 pub fn is_supervisor(directory: &Path, pid: i32) -> bool {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let known = entries.filter_map(|entry| Identity::read(&entry.path().join(IDENTITY))).any(|i| i.pid == pid);
+    let known =
+        entries.filter_map(|entry| Identity::read(&entry.path().join(IDENTITY))).any(|i| i.pid == pid);
     // One that has just begun has not written its file yet; its command line tells (proc(5): arguments end with NUL).
     known || {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -84,7 +85,9 @@ pub fn end_supervisors(directory: &Path, grace: Duration) {
     let entries: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
     let mut waiting = Vec::new();
     for entry in entries {
-        let Some(identity) = Identity::read(&entry.path().join(IDENTITY)).filter(Identity::is_alive) else { continue };
+        let Some(identity) = Identity::read(&entry.path().join(IDENTITY)).filter(Identity::is_alive) else {
+            continue;
+        };
         let Ok(opened) = fs::File::open(entry.path()) else { continue };
         let path = format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd());
         if let Ok(mut stream) = UnixStream::connect(path) {
@@ -93,7 +96,9 @@ pub fn end_supervisors(directory: &Path, grace: Duration) {
         }
     }
     let end = Instant::now() + grace + Duration::from_secs(3);
-    while Instant::now() < end && waiting.iter().any(|(identity, _)| !process::children(identity.pid).is_empty()) {
+    while Instant::now() < end
+        && waiting.iter().any(|(identity, _)| !process::children(identity.pid).is_empty())
+    {
         std::thread::sleep(Duration::from_millis(50));
     }
     for (identity, _) in waiting {

@@ -48,8 +48,14 @@ const KEEP_LIMIT: Duration = Duration::from_secs(600);
 const READ_BYTES: usize = 64 * 1024;
 
 /// Signals that are survived.
-const SURVIVED: [i32; 6] =
-    [libc_signal(Signal::SIGTERM), libc_signal(Signal::SIGINT), libc_signal(Signal::SIGHUP), libc_signal(Signal::SIGUSR1), libc_signal(Signal::SIGUSR2), libc_signal(Signal::SIGQUIT)];
+const SURVIVED: [i32; 6] = [
+    libc_signal(Signal::SIGTERM),
+    libc_signal(Signal::SIGINT),
+    libc_signal(Signal::SIGHUP),
+    libc_signal(Signal::SIGUSR1),
+    libc_signal(Signal::SIGUSR2),
+    libc_signal(Signal::SIGQUIT),
+];
 
 const fn libc_signal(signal: Signal) -> i32 {
     signal as i32
@@ -339,7 +345,9 @@ impl Supervisor {
                     self.tell(Event::Started { pid, at });
                 }
             }
-            Ok(n) if running.launch_text.len() < 64 * 1024 => running.launch_text.extend_from_slice(&bytes[..n]),
+            Ok(n) if running.launch_text.len() < 64 * 1024 => {
+                running.launch_text.extend_from_slice(&bytes[..n])
+            }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Ok(_) | Err(_) => running.launch = None,
         }
@@ -483,7 +491,10 @@ fn start_error(running: &Running) -> Option<StartError> {
     if running.kill_at.is_some() || matches!(running.first, Some((WaitStatus::Signaled(..), _))) {
         return None;
     }
-    Some(StartError::Other { what: "starting the container".to_owned(), problem: "its first stage said nothing".to_owned() })
+    Some(StartError::Other {
+        what: "starting the container".to_owned(),
+        problem: "its first stage said nothing".to_owned(),
+    })
 }
 
 fn spawn(spec: &ContainerSpec) -> io::Result<Running> {
@@ -582,7 +593,8 @@ fn end_tree(running: &mut Running) -> Vec<String> {
             let _ = nix::sys::signal::kill(Pid::from_raw(*pid), Signal::SIGKILL);
         }
         if start.elapsed() > SURVIVORS_LIMIT {
-            let stuck: Vec<i32> = left.into_iter().filter(|pid| process::stat(*pid).is_some_and(|s| s.state == 'D')).collect();
+            let stuck: Vec<i32> =
+                left.into_iter().filter(|pid| process::stat(*pid).is_some_and(|s| s.state == 'D')).collect();
             let hopeless = start.elapsed() > 5 * SURVIVORS_LIMIT;
             if hopeless {
                 return process::descendants(own).into_iter().map(process::describe).collect();
@@ -594,4 +606,3 @@ fn end_tree(running: &mut Running) -> Vec<String> {
         std::thread::sleep(Duration::from_micros(300));
     }
 }
-

@@ -123,7 +123,10 @@ impl Cluster {
     async fn call<T>(&self, request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, ApiError> {
         // The semaphore is never closed, so a missing permit only means one more call at once.
         let _permit = self.calls.acquire().await.ok();
-        tokio::time::timeout(CALL_LIMIT, request).await.map_err(|_| ApiError::TimedOut)?.map_err(ApiError::from)
+        tokio::time::timeout(CALL_LIMIT, request)
+            .await
+            .map_err(|_| ApiError::TimedOut)?
+            .map_err(ApiError::from)
     }
 
     fn pods(&self, namespace: &str) -> kube::Api<Pod> {
@@ -166,14 +169,20 @@ impl Api {
     ///
     /// # Errors
     /// When the API server does not answer or refuses otherwise than by 403.
-    pub async fn token(&self, namespace: &str, pod: &str, uid: &str, wish: &TokenWish) -> Result<Token, ApiError> {
+    pub async fn token(
+        &self,
+        namespace: &str,
+        pod: &str,
+        uid: &str,
+        wish: &TokenWish,
+    ) -> Result<Token, ApiError> {
         let Self::Cluster(cluster) = self else {
             return Ok(Token::Denied("there is no cluster to ask for a token".to_owned()));
         };
         let api: kube::Api<ServiceAccount> = kube::Api::namespaced(cluster.client.clone(), namespace);
         let request = TokenRequest {
-            spec: TokenRequestSpec {
-                audiences: wish.audience.iter().cloned().collect(),
+            spec: Some(TokenRequestSpec {
+                audiences: Some(wish.audience.iter().cloned().collect()),
                 expiration_seconds: wish.expiration_seconds,
                 bound_object_ref: Some(BoundObjectReference {
                     api_version: Some("v1".to_owned()),
@@ -181,14 +190,14 @@ impl Api {
                     name: Some(pod.to_owned()),
                     uid: Some(uid.to_owned()),
                 }),
-            },
+            }),
             ..TokenRequest::default()
         };
         let params = PostParams::default();
         match cluster.call(api.create_token_request(&wish.service_account, &params, &request)).await {
-            Ok(answer) => Ok(answer.status.map_or_else(
+            Ok(answer) => Ok(answer.status.and_then(|status| status.token).map_or_else(
                 || Token::Denied("the API server's answer holds no token".to_owned()),
-                |status| Token::Granted(status.token),
+                Token::Granted,
             )),
             Err(error) if error.code() == Some(403) => Ok(Token::Denied(error.to_string())),
             Err(error) => Err(error),
@@ -210,8 +219,9 @@ impl Api {
         match self {
             Self::Cluster(cluster) => {
                 let api = cluster.pods(namespace);
-                let answer =
-                    cluster.call(api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch))).await;
+                let answer = cluster
+                    .call(api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)))
+                    .await;
                 match answer {
                     Ok(pod) => Ok(Patched::Acknowledged(Box::new(pod))),
                     // 409 is the uid precondition: another pod of the same name stands there.

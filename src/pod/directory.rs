@@ -224,8 +224,11 @@ fn keep_logs(directory: &Path, marker: &Marker, kept: &Path) -> Vec<PathBuf> {
     for container in containers.flatten() {
         let Ok(logs) = fs::read_dir(container.path().join("logs")) else { continue };
         for log in logs.flatten() {
-            let target =
-                kept.join(format!("{name}.{}.{}", container.file_name().display(), log.file_name().display()));
+            let target = kept.join(format!(
+                "{name}.{}.{}",
+                container.file_name().display(),
+                log.file_name().display()
+            ));
             if make_kept(kept).is_ok() && fs::rename(log.path(), &target).is_ok() {
                 moved.push(target);
             }

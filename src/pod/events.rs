@@ -57,7 +57,8 @@ impl Events {
                     action: "Running".to_owned(),
                     secondary: None,
                 };
-                let sent = tokio::time::timeout(super::api::CALL_LIMIT, recorder.publish(&event, &entry.about));
+                let sent =
+                    tokio::time::timeout(super::api::CALL_LIMIT, recorder.publish(&event, &entry.about));
                 if let Ok(Err(error)) = sent.await {
                     tracing::debug!(reason = event.reason, %error, "an event was not taken by the API server");
                 }

@@ -19,7 +19,9 @@ use super::outcome::{Outcome, REMEMBERED};
 use super::publisher::Publisher;
 use super::record::Record;
 use super::source::PodEvent;
-use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, State, StatusInput, Terminated};
+use super::status::{
+    self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput, Terminated,
+};
 use super::worker::{self, Command, Note, Start};
 use crate::container::{ContainerId, Supervisor};
 
@@ -349,8 +351,10 @@ impl State {
                 return;
             }
             Gate::Holding | Gate::Closed => {
-                let rejection =
-                    Rejection { reason: NODE_SHUTDOWN.to_owned(), message: NODE_SHUTDOWN_REJECTED.to_owned() };
+                let rejection = Rejection {
+                    reason: NODE_SHUTDOWN.to_owned(),
+                    message: NODE_SHUTDOWN_REJECTED.to_owned(),
+                };
                 self.refuse(pod, rejection);
                 return;
             }
@@ -420,7 +424,8 @@ impl State {
     fn lost(&mut self, pod: Pod) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         self.refused.insert(uid);
-        let message = "The container could not be located: the pilot that had started it is gone with its state";
+        let message =
+            "The container could not be located: the pilot that had started it is gone with its state";
         tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
         let names = pod.spec.iter().flat_map(|spec| spec.containers.iter().map(|c| c.name.clone()));
         let known = |name: &str| {
@@ -441,12 +446,14 @@ impl State {
                         .and_then(|t| t.started_at.as_ref())
                         .or_else(|| running.and_then(|r| r.started_at.as_ref()))
                         .map(|t| t.0),
-                    finished_at: seen.and_then(|t| t.finished_at.as_ref()).map_or_else(Timestamp::now, |t| t.0),
+                    finished_at: seen
+                        .and_then(|t| t.finished_at.as_ref())
+                        .map_or_else(Timestamp::now, |t| t.0),
                     id: old.container_id.clone().unwrap_or_default(),
                 };
                 ContainerRuntime {
                     name,
-                    state: State::Terminated(end),
+                    state: status::State::Terminated(end),
                     last: None,
                     restart_count: u32::try_from(old.restart_count).unwrap_or(0),
                     image_id: old.image_id.clone(),

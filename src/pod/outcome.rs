@@ -75,7 +75,9 @@ impl Outcome {
             ContainerOutcome {
                 name: container.name.clone(),
                 exit_code: ended.map(|e| e.exit_code),
-                reason: ended.and_then(|e| e.reason.clone()).or_else(|| waiting.and_then(|w| w.reason.clone())),
+                reason: ended
+                    .and_then(|e| e.reason.clone())
+                    .or_else(|| waiting.and_then(|w| w.reason.clone())),
                 restarts: container.restart_count,
                 started_at: ended.and_then(|e| e.started_at.as_ref()).map(|t| t.0),
                 finished_at: ended.and_then(|e| e.finished_at.as_ref()).map(|t| t.0),
@@ -156,11 +158,20 @@ pub fn table(outcomes: &[Outcome]) -> String {
             phase.push_str(" NOT REPORTED");
         }
         if outcome.containers.is_empty() {
-            rows.push([pod.clone(), phase.clone(), "-".to_owned(), "-".to_owned(), "-".to_owned(), "-".to_owned()]);
+            rows.push([
+                pod.clone(),
+                phase.clone(),
+                "-".to_owned(),
+                "-".to_owned(),
+                "-".to_owned(),
+                "-".to_owned(),
+            ]);
         }
         for container in &outcome.containers {
             let ran = match (container.started_at, container.finished_at) {
-                (Some(start), Some(end)) => format!("{:.0?}s", (end - start).total(jiff::Unit::Second).unwrap_or(0.0)),
+                (Some(start), Some(end)) => {
+                    format!("{:.0?}s", (end - start).total(jiff::Unit::Second).unwrap_or(0.0))
+                }
                 _ => "-".to_owned(),
             };
             let log = container.log.display().to_string();
@@ -220,7 +231,10 @@ mod tests {
         let text = table(&[outcome("p1", Some(7)), outcome("a-longer-name", None)]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[1].contains("exit 7") && lines[1].contains("5s") && lines[1].ends_with("0.log"), "{text}");
+        assert!(
+            lines[1].contains("exit 7") && lines[1].contains("5s") && lines[1].ends_with("0.log"),
+            "{text}"
+        );
         assert!(lines[2].contains("Error"), "{text}");
         assert_eq!(table(&[]), "");
     }

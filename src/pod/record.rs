@@ -124,7 +124,8 @@ impl Records {
     #[must_use]
     pub fn load(&self) -> Vec<Record> {
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
-        let paths = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
+        let paths =
+            entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
         paths.filter_map(|path| match read(&path) {
             Ok(record) => Some(record),
             Err(error) => {
@@ -165,7 +166,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let records = Records::open(&root.path().join("pods")).unwrap();
         let mut record = Record::new(pod("11-22"), "2026-01-01T00:00:00Z".parse().unwrap());
-        record.containers.insert("c1".to_owned(), ContainerRecord { restart: 3, launched: true, ..Default::default() });
+        record
+            .containers
+            .insert("c1".to_owned(), ContainerRecord { restart: 3, launched: true, ..Default::default() });
         records.save(&record).unwrap();
         assert_eq!(records.load(), vec![record]);
         let mode = fs::metadata(root.path().join("pods/11-22.json")).unwrap().permissions().mode();

@@ -120,7 +120,8 @@ async fn end_pods(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> 
         return finish(pilot, start, drain::share(budget)).await;
     }
     let asked = pilot.tracker.ask_and_wait(ASK_LIMIT).await;
-    let more = asked.and_then(|d| d.at.duration_since(SystemTime::now()).ok()).map(|left| left + start.elapsed());
+    let more =
+        asked.and_then(|d| d.at.duration_since(SystemTime::now()).ok()).map(|left| left + start.elapsed());
     let whole = more.unwrap_or_default().max(budget);
     if whole > budget {
         tracing::info!(seconds = whole.as_secs(), "the batch system leaves more time than its kill wait");
@@ -161,7 +162,10 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
     }
     let mut code = ExitCode::SUCCESS;
     if done.running > 0 {
-        tracing::error!(pods = done.running, "the time was over before these pods had ended; the batch system kills them");
+        tracing::error!(
+            pods = done.running,
+            "the time was over before these pods had ended; the batch system kills them"
+        );
         code = ExitCode::from(1);
     }
     if done.unreported > 0 {

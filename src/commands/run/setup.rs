@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,9 +13,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::allocation::deadline::{Deadline, Tracker, TrackerHandle, TrackerSettings};
 use crate::allocation::duration::Walltime;
-use crate::allocation::{self, Allocation, BatchSystem, Environment};
+use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
+use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings, Vendor};
 use crate::cli::{PodArgs, PodsLayout, RunArgs};
 use crate::cluster::{ClusterError, Kube};
 use crate::container::{Session, Supervisors};
@@ -135,8 +134,9 @@ impl SetupError {
 /// When a setting is no good: its flag, its value, and what is wanted.
 pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
     if let Some(name) = args.node_name.as_deref() {
-        node::labels::check_node_name(name)
-            .map_err(|error| SetupError::Setting(format!("invalid value '{name}' for '--node-name' (NODENAME): {error}")))?;
+        node::labels::check_node_name(name).map_err(|error| {
+            SetupError::Setting(format!("invalid value '{name}' for '--node-name' (NODENAME): {error}"))
+        })?;
     }
     match (&args.tls_cert_file, &args.tls_private_key_file) {
         (None, None) => {}
@@ -198,11 +198,16 @@ pub fn default_state_dir(env: &Environment) -> PathBuf {
 pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupError> {
     check_settings(args)?;
     let env = Environment::from_process();
-    let allocation = allocation::detect(&env, &allocation::DetectSettings::default()).await;
+
+    let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
     let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
 
-    let site = args.site.clone().filter(|s| !s.is_empty()).or_else(|| allocation.cluster.as_ref().map(|c| c.value.clone()));
+    let site = args
+        .site
+        .clone()
+        .filter(|s| !s.is_empty())
+        .or_else(|| allocation.cluster.as_ref().map(|c| c.value.clone()));
     let site = site.unwrap_or_else(|| "local".to_owned());
     let name = node_name(args, &site, &allocation);
     let state_root = args.pods.state_dir.clone().unwrap_or_else(|| default_state_dir(&env));
@@ -217,15 +222,14 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
 
     // The deadline: known before anything is registered.
     let walltime = match args.pods.walltime {
-        Some(Walltime::Limited(duration)) => Some(duration),
-        Some(Walltime::None) | None => None,
+        Some(Walltime::Limit(duration)) => Some(duration),
+        Some(Walltime::Zero) | None => None,
     };
     let settings = TrackerSettings {
         walltime,
-        first_start: state.first_start,
         credential_expiry: kube.expires,
         signal_lead: args.signal_lead,
-        ..TrackerSettings::default()
+        ..TrackerSettings::new(state.first_start)
     };
     let (mut deadline, tracker) = Tracker::spawn(&allocation, env.clone(), settings);
     let first = deadline.borrow_and_update().clone();
@@ -261,7 +265,11 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         }
     };
 
-    let leads = Leads::new(state.first_left.map_or(Duration::MAX, Duration::from_secs), args.cordon_before, args.drain_before);
+    let leads = Leads::new(
+        state.first_left.map_or(Duration::MAX, Duration::from_secs),
+        args.cordon_before,
+        args.drain_before,
+    );
     let (timing_tx, timing) = watch::channel(first.as_ref().map(|d| leads.timing(d.at)));
     let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
     let link = Arc::new(link);
@@ -274,14 +282,16 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
 
     let (draining_tx, draining) = watch::channel(false);
     let mark = name.clone();
-    let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone())
-        .map_err(|error| place("state directory", &state_dir, &error, "choose another place with --state-dir"))?;
+    let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone()).map_err(|error| {
+        place("state directory", &state_dir, &error, "choose another place with --state-dir")
+    })?;
     let context = Arc::new(Context {
         api: Api::Cluster(Cluster::new(client.clone())),
         events: Events::to_cluster(client.clone(), &name),
         supervisors: Arc::new(supervisors),
-        records: Records::open(&state_dir.join("pods"))
-            .map_err(|error| place("state directory", &state_dir, &error, "choose another place with --state-dir"))?,
+        records: Records::open(&state_dir.join("pods")).map_err(|error| {
+            place("state directory", &state_dir, &error, "choose another place with --state-dir")
+        })?,
         identity: Identity {
             node: Some(name.clone()),
             ip,
@@ -291,7 +301,10 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
             mark,
         },
         places,
-        inherited: environment::inherited(env.iter(), &args.pods.pass_env),
+        inherited: environment::inherited(
+            env.iter().map(|(name, value)| (name.to_owned(), value.to_owned())),
+            &args.pods.pass_env,
+        ),
         expand: args.pods.expand.into(),
         allocatable: facts.allocatable.clone(),
         drain,
@@ -304,12 +317,23 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(client, &name),
-        facts: node.facts(facts),
+        facts: follow_labels(facts, node.labels()),
         recovered,
     });
     tracing::info!(node = name, "Node registered; pods are taken");
     let holds = Holds { _lock: lock, _port: port };
-    Ok(Pilot { node, manager, context, tracker, timing, draining: draining_tx, kill_wait, link, state_dir, holds })
+    Ok(Pilot {
+        node,
+        manager,
+        context,
+        tracker,
+        timing,
+        draining: draining_tx,
+        kill_wait,
+        link,
+        state_dir,
+        holds,
+    })
 }
 
 fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
@@ -338,12 +362,14 @@ fn private(what: &'static str, path: &Path) -> Result<(), SetupError> {
             .create(parent)
             .map_err(|error| place(what, parent, &error, "choose another place with --state-dir"))?;
     }
-    files::private_dir(path).map_err(|error| place(what, path, &error, "choose another place with --state-dir"))
+    files::private_dir(path)
+        .map_err(|error| place(what, path, &error, "choose another place with --state-dir"))
 }
 
 fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
     let path = state_dir.join("lock");
-    let mend = "another pilot on this host has this Node's name; give this one another with --node-name (NODENAME)";
+    let mend =
+        "another pilot on this host has this Node's name; give this one another with --node-name (NODENAME)";
     let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = open.map_err(|error| place("lock", &path, &error, "choose another place with --state-dir"))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
@@ -423,9 +449,9 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
 fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), SetupError> {
     let path = state_dir.join("pilot.json");
     let bytes = serde_json::to_vec_pretty(state).map_err(io::Error::from);
-    bytes
-        .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600))
-        .map_err(|error| place("state directory", &path, &error, "make room there or choose another with --state-dir"))
+    bytes.and_then(|bytes| files::write_atomic(&path, &bytes, 0o600)).map_err(|error| {
+        place("state directory", &path, &error, "make room there or choose another with --state-dir")
+    })
 }
 
 /// A name that no other pilot has: the kernel makes one at each read.
@@ -452,7 +478,12 @@ fn rfc3339(at: SystemTime) -> String {
         .map_or_else(|_| "?".to_owned(), |t| t.to_string())
 }
 
-fn say_what_was_granted(allocation: &Allocation, node: &str, deadline: Option<&Deadline>, kill_wait: Duration) {
+fn say_what_was_granted(
+    allocation: &Allocation,
+    node: &str,
+    deadline: Option<&Deadline>,
+    kill_wait: Duration,
+) {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         node,
@@ -519,7 +550,7 @@ fn node_config(
     labels.extend(args.labels.iter().cloned());
     let mut counted: BTreeMap<String, u32> = BTreeMap::new();
     for gpu in gpus {
-        *counted.entry(gpu.vendor.resource().to_owned()).or_default() += 1;
+        *counted.entry(resource(gpu.vendor).to_owned()).or_default() += 1;
     }
     let taint = |taint: &crate::cli::Taint| k8s_openapi::api::core::v1::Taint {
         key: taint.key.clone(),
@@ -545,16 +576,25 @@ fn node_config(
         daemon_port: None,
         instance: state.instance.clone(),
         walltime: allocated(args, state),
-        publish_walltime: args.pods.walltime != Some(Walltime::None),
+        publish_walltime: args.pods.walltime != Some(Walltime::Zero),
     }
 }
 
 /// The walltime label: what `--walltime` says, else what was left at the first start.
 fn allocated(args: &RunArgs, state: &PilotState) -> Option<Duration> {
     match args.pods.walltime {
-        Some(Walltime::Limited(duration)) => Some(duration),
-        Some(Walltime::None) => None,
+        Some(Walltime::Limit(duration)) => Some(duration),
+        Some(Walltime::Zero) => None,
         None => state.first_left.map(Duration::from_secs),
+    }
+}
+
+/// The resource that a vendor's device plugin offers.
+fn resource(vendor: Vendor) -> &'static str {
+    match vendor {
+        Vendor::Nvidia => "nvidia.com/gpu",
+        Vendor::Amd => "amd.com/gpu",
+        Vendor::Intel => "gpu.intel.com/i915",
     }
 }
 
@@ -582,6 +622,22 @@ fn policy(batch: BatchSystem) -> Policy {
     }
 }
 
+/// The Node as admission sees it, with its labels as they are published.
+fn follow_labels(
+    mut facts: NodeFacts,
+    mut labels: watch::Receiver<BTreeMap<String, String>>,
+) -> watch::Receiver<NodeFacts> {
+    facts.labels.clone_from(&labels.borrow_and_update());
+    let (facts_tx, facts) = watch::channel(facts);
+    tokio::spawn(async move {
+        while labels.changed().await.is_ok() {
+            let now = labels.borrow_and_update().clone();
+            facts_tx.send_modify(|facts| facts.labels = now);
+        }
+    });
+    facts
+}
+
 /// What goes on beside the pods: remains of dead supervisors are ended, old logs go.
 pub(super) fn spawn_housekeeping(context: &Arc<Context>) {
     let supervisors = Arc::clone(&context.supervisors);
@@ -601,17 +657,23 @@ async fn recover(context: &Arc<Context>) -> Vec<manager::Recovered> {
         }
     };
     if !records.is_empty() {
-        tracing::info!(pods = records.len(), supervisors = found.len(), "taking up the pods of before the crash");
+        tracing::info!(
+            pods = records.len(),
+            supervisors = found.len(),
+            "taking up the pods of before the crash"
+        );
     }
     let mut recovered = Vec::new();
     for record in records {
-        let (mine, others): (Vec<_>, Vec<_>) = found.into_iter().partition(|(id, _)| id.pod_uid == record.uid());
+        let (mine, others): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|(id, _)| id.pod_uid == record.uid());
         found = others;
         recovered.push((record, mine));
     }
     for (id, supervisor) in found {
         tracing::warn!(container = %id, "a supervisor without a pod's record is ended");
-        supervisor.kill().await;
+        let mut supervisor = supervisor;
+        supervisor.terminate(Duration::ZERO).await;
     }
     recovered
 }

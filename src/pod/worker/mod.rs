@@ -19,13 +19,13 @@ use self::prepare::{PrepareError, Prepared};
 use self::run::{Order, Told};
 use super::backoff::{self, BackOff, Next};
 use super::context::Context;
+use super::directory;
 use super::events::Kind;
 use super::outcome::Outcome;
 use super::publisher::Publisher;
 use super::record::{ContainerRecord, Record};
 use super::status::{self, ContainerRuntime, Ending, State, StatusInput, Terminated, container_id};
-use super::directory;
-use crate::container::{ContainerId, End, Event, Supervisor};
+use crate::container::{ContainerId, ContainerSpec, End, Event, Supervisor};
 
 /// Commands that may wait for a worker. The manager only ever sends the newest copy of a pod.
 const COMMANDS: usize = 16;
@@ -157,7 +157,12 @@ impl Worker {
         let containers: Vec<Container> = spec
             .containers
             .iter()
-            .map(|c| Container { name: c.name.clone(), run: None, restart_at: None, back_off: BackOff::default() })
+            .map(|c| Container {
+                name: c.name.clone(),
+                run: None,
+                restart_at: None,
+                back_off: BackOff::default(),
+            })
             .collect();
         let ready = containers.iter().map(|_| None).collect();
         Self {
@@ -233,7 +238,7 @@ impl Worker {
             let index = self.containers.iter().position(|c| c.name == id.name);
             let current = self.record.containers.get(&id.name).map(|c| c.restart);
             match index {
-                Some(index) if current == Some(id.restart) => self.follow(index, supervisor),
+                Some(index) if current == Some(id.restart) => self.follow(index, supervisor, None),
                 // A run that was already over when the pilot crashed; dropping the supervisor ends it.
                 _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
             }
@@ -328,13 +333,22 @@ impl Worker {
                 self.prepare_delay = PREPARE_FIRST;
                 self.record.directory = Some(prepared.directory.clone());
                 for note in &prepared.notes {
-                    self.context.events.record(&self.record.pod, None, Kind::Warning, "FailedToRetrieveToken", note);
+                    self.context.events.record(
+                        &self.record.pod,
+                        None,
+                        Kind::Warning,
+                        "FailedToRetrieveToken",
+                        note,
+                    );
                 }
                 self.prepared = Some(prepared);
                 for index in 0..self.containers.len() {
                     let name = &self.containers[index].name;
                     let waits = self.record.containers.get(name).is_some_and(|c| !is_over(&c.state));
-                    if waits && self.containers[index].run.is_none() && self.containers[index].restart_at.is_none() {
+                    if waits
+                        && self.containers[index].run.is_none()
+                        && self.containers[index].restart_at.is_none()
+                    {
                         self.start(index);
                     }
                 }
@@ -375,7 +389,7 @@ impl Worker {
                 return;
             }
         };
-        let Some(mut supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
+        let Some(supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
             self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
             self.prepare_at = Some(Instant::now() + self.prepare_delay);
             self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
@@ -396,17 +410,16 @@ impl Worker {
             self.prepare_at = Some(Instant::now() + PREPARE_MOST);
             return;
         }
-        supervisor.start(&spec);
-        self.follow(index, supervisor);
+        self.follow(index, supervisor, Some(spec));
     }
 
-    fn follow(&mut self, index: usize, supervisor: Supervisor) {
+    fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
         let pod = self.record.pod.metadata.name.clone().unwrap_or_default();
         let told = self.told_tx.clone();
         let orders =
-            run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), told);
+            run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), spec, told);
         self.containers[index].run = Some(orders);
     }
 
@@ -427,9 +440,16 @@ impl Worker {
             }
             Event::Ended(end) => {
                 record.log_lines_lost = end.log_lines_lost;
-                let why = end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
-                let lost = format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
-                (State::Terminated(terminated(&end, id)), Kind::Warning, "LogLinesLost", Some(lost).filter(|_| end.log_lines_lost > 0))
+                let why =
+                    end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
+                let lost =
+                    format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
+                (
+                    State::Terminated(terminated(&end, id)),
+                    Kind::Warning,
+                    "LogLinesLost",
+                    Some(lost).filter(|_| end.log_lines_lost > 0),
+                )
             }
             Event::StartFailed(error) => {
                 let mut state = unknown_end("StartError", &error.to_string(), record, id);
@@ -438,9 +458,12 @@ impl Worker {
                 }
                 (state, Kind::Warning, "Failed", Some(format!("Error: {error}")))
             }
-            Event::Lost { message } => {
-                (unknown_end("SupervisorLost", &message, record, id), Kind::Warning, "SupervisorLost", Some(message))
-            }
+            Event::Lost { message } => (
+                unknown_end("SupervisorLost", &message, record, id),
+                Kind::Warning,
+                "SupervisorLost",
+                Some(message),
+            ),
             Event::Output { .. } => return,
         };
         record.state = state;
@@ -468,7 +491,12 @@ impl Worker {
         let Some(record) = self.record.containers.get_mut(&container.name) else { return };
         let State::Terminated(end) = record.state.clone() else { return };
         let spec = self.record.pod.spec.as_ref();
-        if !status::should_restart(spec.and_then(|s| s.restart_policy.as_deref()), end.exit_code) {
+        let again = spec.is_some_and(|spec| {
+            spec.containers
+                .get(index)
+                .is_some_and(|container| status::should_restart(spec, container, end.exit_code))
+        });
+        if !again {
             return;
         }
         let Next::Wait { wait, until } = container.back_off.next(end.finished_at, Timestamp::now()) else {
@@ -483,8 +511,10 @@ impl Worker {
         let message = backoff::message(wait, &container.name, &pod, &namespace, &uid);
         record.last = Some(end);
         record.state = waiting("CrashLoopBackOff", &message);
-        let text =
-            format!("Back-off restarting failed container {} in pod {pod}_{namespace}({uid})", container.name);
+        let text = format!(
+            "Back-off restarting failed container {} in pod {pod}_{namespace}({uid})",
+            container.name
+        );
         self.context.events.record(&self.record.pod, Some(&container.name), Kind::Warning, "BackOff", &text);
     }
 
@@ -505,7 +535,9 @@ impl Worker {
             if let Some(record) = self.record.containers.get_mut(&name) {
                 let last = record.last.as_ref().map(|end| end.finished_at);
                 if !is_over(&record.state) {
-                    let _ = self.containers[index].back_off.next(last.unwrap_or(Timestamp::now()), Timestamp::now());
+                    let _ = self.containers[index]
+                        .back_off
+                        .next(last.unwrap_or(Timestamp::now()), Timestamp::now());
                 }
                 if let State::Terminated(end) = &record.state {
                     record.last = Some(end.clone());
@@ -563,16 +595,20 @@ impl Worker {
             Some(_) if self.all_still() => Some(Ending::Deleted),
             _ => None,
         };
-        let containers: Vec<ContainerRuntime> = self.containers.iter().map(|container| {
-            let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
-            ContainerRuntime {
-                name: container.name.clone(),
-                state: record.state,
-                last: record.last,
-                restart_count: record.restart,
-                image_id: String::new(),
-            }
-        }).collect();
+        let containers: Vec<ContainerRuntime> = self
+            .containers
+            .iter()
+            .map(|container| {
+                let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
+                ContainerRuntime {
+                    name: container.name.clone(),
+                    state: record.state,
+                    last: record.last,
+                    restart_count: record.restart,
+                    image_id: String::new(),
+                }
+            })
+            .collect();
         let unknown = PodStatus::default();
         let previous = self.record.last_status.as_ref().or(self.record.pod.status.as_ref());
         status::status(&StatusInput {
@@ -610,12 +646,19 @@ impl Worker {
             self.save();
         }
         let answer = self.publisher.state();
-        if self.ended && !self.reported && (self.publisher.is_acknowledged() || answer.gone || answer.refused.is_some()) {
+        if self.ended
+            && !self.reported
+            && (self.publisher.is_acknowledged() || answer.gone || answer.refused.is_some())
+        {
             self.reported = true;
             self.report(self.publisher.is_acknowledged() && answer.refused.is_none()).await;
         }
         let deleted = self.record.pod.metadata.deletion_timestamp.is_some();
-        if self.reported && deleted && self.delete_at.is_none() && self.stop.as_ref().is_none_or(|s| s.why != Why::Gone) {
+        if self.reported
+            && deleted
+            && self.delete_at.is_none()
+            && self.stop.as_ref().is_none_or(|s| s.why != Why::Gone)
+        {
             self.delete().await;
         }
     }

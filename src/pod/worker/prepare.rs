@@ -108,7 +108,8 @@ impl SpecError {
 /// When something is missing; it may be there at the next try.
 pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<Prepared, PrepareError> {
     let mut notes = Vec::new();
-    let (objects, directory) = tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
+    let (objects, directory) =
+        tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
     let (objects, directory) = (objects?, directory?);
     let facts = Facts {
         node_name: context.identity.node.clone().unwrap_or_else(|| context.identity.host.clone()),
@@ -139,11 +140,15 @@ async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<O
     let failed = |what: String| move |source| PrepareError::Api { what, source };
     let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
         let found = api.config_map(namespace, name).await;
-        found.map(|found| found.map(|o| (name.clone(), o))).map_err(failed(format!("configmap {namespace}/{name}")))
+        found
+            .map(|found| found.map(|o| (name.clone(), o)))
+            .map_err(failed(format!("configmap {namespace}/{name}")))
     }));
     let secrets = try_join_all(wanted.secrets.keys().map(|name| async move {
         let found = api.secret(namespace, name).await;
-        found.map(|found| found.map(|o| (name.clone(), o))).map_err(failed(format!("secret {namespace}/{name}")))
+        found
+            .map(|found| found.map(|o| (name.clone(), o)))
+            .map_err(failed(format!("secret {namespace}/{name}")))
     }));
     let tokens = try_join_all(wanted.tokens.iter().map(|wish| read_token(api, pod, wish)));
     let (config_maps, secrets, tokens) = futures::try_join!(config_maps, secrets, tokens)?;
@@ -159,7 +164,9 @@ async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<O
             }
             // In `play` nobody expects one.
             Token::Denied(_) if matches!(api, Api::Files(_)) => {}
-            Token::Denied(why) => notes.push(format!("the service account's token is left out of its volume: {why}")),
+            Token::Denied(why) => {
+                notes.push(format!("the service account's token is left out of its volume: {why}"))
+            }
         }
     }
     Ok(objects)
@@ -182,7 +189,9 @@ async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, 
 /// The pod's directory: the known one after a restart, else a new one.
 async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<PathBuf, PrepareError> {
     let marker = marker(&context.identity, pod);
-    if let Some(known) = known.filter(|path| directory::read_marker(path).is_some_and(|m| m.uid == marker.uid)) {
+    if let Some(known) =
+        known.filter(|path| directory::read_marker(path).is_some_and(|m| m.uid == marker.uid))
+    {
         return Ok(known);
     }
     let parent = context.places.parent(&marker.namespace);

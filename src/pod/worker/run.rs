@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
-use crate::container::{Event, Supervisor};
+use crate::container::{ContainerSpec, Event, Supervisor};
 use crate::pod::context::{Context, OutputLine};
 
 /// What a run is told.
@@ -23,16 +23,21 @@ pub type Told = (usize, u32, Event);
 /// Orders that may wait. A run gets a handful in its life.
 const ORDERS: usize = 16;
 
-/// Follows a supervisor and tells the worker what happens. Returns where to send orders.
+/// Starts `spec`, if there is one, follows the supervisor and tells the worker what happens. Returns where to send orders.
 pub fn follow(
     context: Arc<Context>,
     supervisor: Supervisor,
     (index, restart): (usize, u32),
     (pod, container): (String, String),
+    spec: Option<ContainerSpec>,
     told: mpsc::Sender<Told>,
 ) -> mpsc::Sender<Order> {
     let (orders_tx, orders) = mpsc::channel(ORDERS);
     tokio::spawn(async move {
+        let mut supervisor = supervisor;
+        if let Some(spec) = spec {
+            supervisor.start(spec).await;
+        }
         let name = (pod, container);
         drive(context, supervisor, (index, restart), name, told, orders).await;
     });
