@@ -63,19 +63,22 @@ fn a_mount_path_with_dots_writes_nothing_outside_and_says_why() {
 fn a_secret_that_appears_late_lets_its_pod_start() {
     let namespace = Namespace::new("late");
     let pilot = Pilot::local(Options::new("late"), 300);
-    namespace.config_map("p", &[("run.sh", "[ \"$(cat late/key)\" = value ]\n")]);
+    namespace.config_map("p", &[("run.sh", "cat late/key >seen\n")]);
     let mut waits = container("c1", "p");
     waits["volumeMounts"].as_array_mut().unwrap().push(json!({"name": "late", "mountPath": "late"}));
     let mut spec = pod_spec("Never", &[waits]);
-    volume(&mut spec, "late", json!({"secret": {"secretName": "late"}}));
+    volume(&mut spec, "late", json!({"secret": {"secretName": "wanted-secret"}}));
     namespace.pod_on(&pilot, "p", spec);
     wait_until("an event names the secret", seconds(20), || {
-        namespace.events("p").iter().any(|(_, message)| message.contains("late"))
+        namespace.events("p").iter().any(|(_, message)| message.contains("wanted-secret"))
     });
     assert_eq!(namespace.pod("p").unwrap()["status"]["phase"], "Pending");
-    namespace.of("secrets").create(&json!({"metadata": {"name": "late"}, "stringData": {"key": "value"}}));
+    namespace
+        .of("secrets")
+        .create(&json!({"metadata": {"name": "wanted-secret"}, "stringData": {"key": "value"}}));
     // Asked for again with a growing delay.
     namespace.wait_phase("p", "Succeeded", seconds(60));
+    assert_eq!(read(&pilot.pod_directory("p").join("containers/c1/seen")), "value");
 }
 
 #[test]
