@@ -152,7 +152,10 @@ impl QstatJob {
     fn grant(&self, hostname: &str, number: usize) -> Grant {
         let hosts = self.hosts();
         let short = |name: &str| name.split('.').next().unwrap_or(name).to_ascii_lowercase();
-        let this = hosts.iter().find(|host| short(host) == short(hostname)).or_else(|| hosts.get(number));
+        let named = hosts.iter().find(|host| short(host) == short(hostname));
+        let only = if hosts.len() == 1 { hosts.first() } else { None };
+        // PBS's name for a host may differ from its own.
+        let this = named.or(only).or_else(|| hosts.get(number));
         let chunk_hosts: Vec<String> = self.get("exec_host").into_iter().flat_map(exec_hosts).collect();
         let chunks = self.get("exec_vnode").map(parse_exec_vnode).unwrap_or_default();
         // The two lists go side by side, a chunk to a host (pbs_job_attributes(7B)).

@@ -326,7 +326,7 @@ mod tests {
 
     fn tell(stand_in: &StandIn, left: &str) {
         let (new, file) = (stand_in.path().join("new"), stand_in.path().join("left"));
-        std::fs::write(&new, left).unwrap();
+        std::fs::write(&new, format!("{left}\n")).unwrap();
         std::fs::rename(new, file).unwrap();
     }
 
