@@ -36,32 +36,36 @@ pub(super) async fn ask(
     torque: bool,
     limit: Duration,
 ) -> Result<(QstatJob, SystemTime), AskError> {
-    let qstat = find_qstat(env).ok_or_else(|| CommandError::NotFound {
-        program: "qstat".to_owned(),
-        path: format!(
-            "PBS_EXEC of {}, PATH {}, PBS_O_PATH {}",
-            configuration(env).display(),
-            env.get("PATH").unwrap_or("not set"),
-            env.get("PBS_O_PATH").unwrap_or("not set"),
-        ),
-    })?;
+    let searched = env.clone();
+    let locate = move || {
+        find_qstat(&searched).ok_or_else(|| CommandError::NotFound {
+            program: "qstat".to_owned(),
+            path: format!(
+                "PBS_EXEC of {}, PATH {}, PBS_O_PATH {}",
+                configuration(&searched).display(),
+                searched.get("PATH").unwrap_or("not set"),
+                searched.get("PBS_O_PATH").unwrap_or("not set"),
+            ),
+        })
+    };
     // qstat prints times in its caller's time zone, without saying which.
-    let program = || Program::at(&qstat, env).set("TZ", "UTC");
+    let mut program = Program::located("qstat", env, locate).set("TZ", "UTC");
     let not_known = |reason| AskError::NotKnown { command: "qstat", job: job.to_owned(), reason };
     let mut broken = None;
 
     let asked = whole_seconds(SystemTime::now());
     if !torque {
-        let output = program().args(["-f", "-F", "json", job]).run(limit).await?;
+        let output = program.args(["-f", "-F", "json", job]).run(limit).await?;
         match parse_json(&output.stdout, job) {
             Json::Job(job) => return Ok((QstatJob(job), asked)),
             // Unknown (153), finished (35), or the server cannot be reached (255): standard error says which.
             Json::NoJob => return Err(not_known(output.reason())),
             Json::Broken(why) => broken = Some(why),
         }
+        program = Program::at(&output.program, env).set("TZ", "UTC");
     }
     let asked = whole_seconds(SystemTime::now());
-    let output = program().args(["-f", job]).run(limit).await?;
+    let output = program.args(["-f", job]).run(limit).await?;
     if let Some(job) = parse_text(&output.stdout, job) {
         return Ok((QstatJob(job), asked));
     }

@@ -58,10 +58,10 @@ fn line_of<'a>(answer: &'a str, job: &str) -> Option<&'a str> {
 /// See [`AskError`].
 pub(super) async fn ask(env: &Environment, job: &str, limit: Duration) -> Result<Answer, AskError> {
     let asked = whole_seconds(SystemTime::now());
-    let output = Program::find("squeue", env)?
+    let output = Program::find("squeue", env)
         .args(["-h", "-j", job, "-o", "%A %L"])
         // Each of these changes what squeue answers, or whom it asks.
-        .without(env, |name| {
+        .without(|name| {
             name.starts_with("SQUEUE_") || name == "SLURM_TIME_FORMAT" || name == "SLURM_CLUSTERS"
         })
         .run(limit)
@@ -238,9 +238,9 @@ fn expand_ranges(ranges: &str, room: usize) -> Option<Vec<String>> {
 /// # Errors
 /// See [`AskError`].
 pub(super) async fn ask_kill_wait(env: &Environment, limit: Duration) -> Result<Duration, AskError> {
-    let output = Program::find("scontrol", env)?
+    let output = Program::find("scontrol", env)
         .args(["show", "config"])
-        .without(env, |name| name == "SLURM_CLUSTERS")
+        .without(|name| name == "SLURM_CLUSTERS")
         .run(limit)
         .await?
         .success()?;
