@@ -408,6 +408,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_question_that_was_under_way_is_not_the_answer() {
+        let (stand_in, env, allocation) = job("10:00").await;
+        // The answer is what was true when it was asked.
+        stand_in.rewrite(
+            "squeue",
+            r#"cd "$(dirname "$0")"; read -r left <left; touch asked; sleep 0.5; echo "7 $left""#,
+        );
+        let (_channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
+        handle.ask_now();
+        while !stand_in.path().join("asked").exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tell(&stand_in, "01:00");
+        assert!(left(handle.ask_and_wait(Duration::from_secs(10)).await.as_ref()) <= 60);
+    }
+
+    #[tokio::test]
     async fn many_signals_make_few_questions() {
         let (stand_in, env, allocation) = job("10:00").await;
         let (_channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
