@@ -26,6 +26,9 @@ const TICK: Duration = Duration::from_secs(5);
 /// in one second.
 const SPACING: Duration = Duration::from_secs(1);
 
+/// A poll interval is never shorter, whatever a setting says: nothing may spin.
+const SHORTEST_POLL: Duration = Duration::from_millis(50);
+
 /// How many may wait for an answer at a time: the drain and the pilot's own settings are two.
 const MAX_WAITING: usize = 16;
 
@@ -156,7 +159,7 @@ impl Tracker {
             rank,
             nodes: allocation.task.nodes,
             seed: seed(job, &allocation.host, rank),
-            poll: settings.poll,
+            poll: settings.poll.max(SHORTEST_POLL),
         };
         if let super::TimeLimit::Unknown(reason) = &allocation.limit.value {
             warn_lost(reason, known.deadline().as_ref());
@@ -170,9 +173,10 @@ impl Tracker {
     async fn follow(mut self, asked: bool) {
         let nobody = self.question == Question::Nobody;
         let mut count = 0;
-        // A variable may be older than the limit: of a pilot that was restarted, or of a job whose limit was changed.
-        let soon = u32::from(!asked);
-        let mut next = Instant::now() + self.delay(count, self.known.failures().max(soon));
+        // A variable may be older than the limit (a pilot that was restarted, a job whose limit was changed since), and
+        // an unknown limit is wanted: as soon as after a question without an answer.
+        let first = if asked { self.delay(count, 0) } else { next_delay(&self.pace, count, 1, None) };
+        let mut next = Instant::now() + first;
         let mut last_asked: Option<Instant> = None;
         let mut asking: Option<Asking> = None;
         // Those who wait for the question that is under way, and those who came after it was put.
@@ -205,10 +209,14 @@ impl Tracker {
                 _ = tick.tick() => {
                     let now = SystemTime::now();
                     let gap = clock_gap(before, now, TICK);
-                    before = now;
                     if gap {
-                        info!("the clock jumped: the host was suspended, this process was stopped, or the clock was set");
+                        info!(
+                            from = report::format_time(before),
+                            to = report::format_time(now),
+                            "the clock jumped: the host was suspended, this process was stopped, or the clock was set"
+                        );
                     }
+                    before = now;
                     gap
                 }
                 () = self.shared.wake.notified() => {
