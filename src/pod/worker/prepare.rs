@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::Duration;
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
@@ -377,8 +377,8 @@ pub fn spec(
         session: context.policy.session,
         oom_score_adj: Some(OOM_SCORE_ADJ),
         orphan_timeout: context.policy.orphan_timeout,
-        drain_at: drain.or_else(|| None::<SystemTime>),
-        grace: std::time::Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
+        drain_at: drain,
+        grace: Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
         forward_output: context.output.is_some(),
     })
 }
