@@ -48,7 +48,7 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
     let start = Instant::now();
     let deadline = pilot.timing.borrow().as_ref().map(|t| t.deadline);
     let budget = first_budget(why, deadline, SystemTime::now(), pilot.kill_wait);
-    tracing::info!(?why, budget = budget.as_secs_f32(), "draining");
+    tracing::info!(?why, seconds = budget.as_secs(), "draining: pods are ended");
     pilot.draining.send_replace(true);
     pilot.manager.gate(Gate::Holding).await;
     // After a SIGTERM it is not known yet whether more time is left; pods have their own grace until it is.
@@ -149,6 +149,10 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
     let strays = crate::container::end_marked(&pilot.context.identity.mark);
     if strays > 0 {
         tracing::warn!(strays, "processes that had left their containers were killed");
+    }
+    if done.running == 0 {
+        // What is left says something only of pods that did not end; `clean` takes care of those.
+        let _ = std::fs::remove_dir_all(&pilot.state_dir);
     }
     let summary = pilot.manager.summary().await;
     let table = outcome::table(&summary.outcomes);

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::allocation::duration::Walltime;
-use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
+use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment, TimeLimit};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings, Vendor};
 use crate::cli::{PodArgs, PodsLayout, RunArgs};
 use crate::cluster::{ClusterError, Kube};
@@ -57,6 +57,8 @@ pub struct Pilot {
     pub draining: watch::Sender<bool>,
     /// Between the batch system's SIGTERM and its SIGKILL.
     pub kill_wait: Duration,
+    /// This pilot's directory.
+    pub state_dir: PathBuf,
     /// Held while the pilot lives.
     _holds: Holds,
 }
@@ -316,9 +318,16 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         facts: follow_labels(facts, node.labels()),
         recovered,
     });
-    tracing::info!(node = name, "Node registered; pods are taken");
+    let known = *timing.borrow();
+    tracing::info!(
+        node = name,
+        cordon = known.map(|t| rfc3339(t.cordon)),
+        drain = known.map(|t| rfc3339(t.drain)),
+        "Node registered; pods are taken until the cordon and ended at the drain"
+    );
     let holds = Holds { _lock: lock, _port: port };
-    Ok(Pilot { node, manager, context, tracker, timing, draining: draining_tx, kill_wait, _holds: holds })
+    let draining = draining_tx;
+    Ok(Pilot { node, manager, context, tracker, timing, draining, kill_wait, state_dir, _holds: holds })
 }
 
 fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
@@ -567,17 +576,21 @@ fn node_config(
         },
         daemon_port: None,
         instance: state.instance.clone(),
-        walltime: allocated(args, state),
+        walltime: allocated(args, allocation, state),
         publish_walltime: args.pods.walltime != Some(Walltime::Zero),
     }
 }
 
-/// The walltime label: what `--walltime` says, else what was left at the first start.
-fn allocated(args: &RunArgs, state: &PilotState) -> Option<Duration> {
+/// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.
+fn allocated(args: &RunArgs, allocation: &Allocation, state: &PilotState) -> Option<Duration> {
+    let granted = match (&allocation.limit.value, &allocation.started) {
+        (TimeLimit::Ends(end), Some(started)) => end.duration_since(started.value).ok(),
+        _ => None,
+    };
     match args.pods.walltime {
         Some(Walltime::Limit(duration)) => Some(duration),
         Some(Walltime::Zero) => None,
-        None => state.first_left.map(Duration::from_secs),
+        None => granted.or(state.first_left.map(Duration::from_secs)),
     }
 }
 
