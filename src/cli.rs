@@ -13,13 +13,20 @@ use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
 use crate::pod::expansion::Expand;
 
+/// What is logged where somebody reads it afterwards.
+const NORMAL: &str = "info";
+
+/// What is logged where somebody watches: their own output comes first.
+const QUIET: &str = "warn";
+
 /// A pilot job that makes a Slurm or PBS allocation a Kubernetes Node.
 #[derive(Debug, Parser)]
 #[command(name = "jiriaf-pilot", version, about, max_term_width = 110)]
 struct Cli {
-    /// What is logged: error, warn, info, debug, or per module as in tracing's filter syntax.
-    #[arg(long, global = true, env = "JIRIAF_LOG", default_value = "info")]
-    log: String,
+    /// What is logged: error, warn, info, debug, or per module as in tracing's filter syntax [default: info; for
+    /// `play` and `check` warn].
+    #[arg(long, global = true, env = "JIRIAF_LOG")]
+    log: Option<String>,
 
     #[command(subcommand)]
     command: Command,
@@ -129,6 +136,10 @@ pub struct PodArgs {
 }
 
 /// Settings of `play`.
+///
+/// A Pod that names no restartPolicy is run once (Never); one that says Always is restarted until Ctrl-C, as on a cluster.
+/// nodeSelector, affinity and tolerations are not looked at. The exit code is 0 when all Pods and Jobs succeed, else that
+/// of the first container that failed.
 #[derive(Debug, Args)]
 pub struct PlayArgs {
     /// Manifests with Pods, Jobs and the ConfigMaps and Secrets that they use; `-` is standard input.
@@ -278,20 +289,21 @@ pub fn main() -> ExitCode {
         _ => {}
     }
     let cli = Cli::parse();
+    let log = cli.log.as_deref();
     match cli.command {
         // The guardian hands the same arguments to the pilot; parsing them here first makes a bad one cost nothing.
         Command::Run(run) => commands::run::guard(&run, args),
-        Command::Pilot(run) => with_log(&cli.log, || commands::run::pilot(*run)),
-        Command::Play(play) => with_log(&cli.log, || commands::play::run(*play)),
-        Command::Allocation(allocation) => with_log(&cli.log, || {
+        Command::Pilot(run) => with_log(log.unwrap_or(NORMAL), || commands::run::pilot(*run)),
+        Command::Play(play) => with_log(log.unwrap_or(QUIET), || commands::play::run(*play)),
+        Command::Allocation(allocation) => with_log(log.unwrap_or(NORMAL), || {
             let walltime = match allocation.walltime {
                 Some(Walltime::Limit(duration)) => Some(duration),
                 Some(Walltime::Zero) | None => None,
             };
             block_on(commands::allocation::run(allocation.output == Output::Json, walltime))
         }),
-        Command::Check(run) => with_log("warn", || commands::check::run(*run)),
-        Command::Clean(clean) => with_log(&cli.log, || commands::clean::run(&clean)),
+        Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run)),
+        Command::Clean(clean) => with_log(log.unwrap_or(NORMAL), || commands::clean::run(&clean)),
     }
 }
 

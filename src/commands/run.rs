@@ -1,8 +1,8 @@
 //! `run`: the guardian's and the pilot's beginnings, and the pilot's one loop from its first sign of life to its last.
 
 mod end;
-mod setup;
-mod signals;
+pub(super) mod setup;
+pub(super) mod signals;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -78,6 +78,8 @@ pub struct Counts {
     pub unreported: usize,
     /// Pods that have ended and that their Job has not counted yet: they carry its tracking finalizer.
     pub tracked: usize,
+    /// Pods of which something is left, if only a directory.
+    pub known: usize,
     /// The first list of pods has been seen.
     pub listed: bool,
 }
@@ -218,6 +220,7 @@ impl State {
             active: self.pods.values().filter(|e| !e.ended).count(),
             unreported: self.pods.values().filter(|e| e.ended && !e.reported).count(),
             tracked: self.pods.values().filter(|e| e.reported && is_tracked(&e.pod)).count(),
+            known: self.pods.len(),
             listed: self.listed,
         };
         self.counts.send_if_modified(|old| std::mem::replace(old, counts) != counts);

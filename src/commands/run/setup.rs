@@ -351,11 +351,17 @@ fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
     }
 }
 
-fn place(what: &'static str, path: &Path, problem: &dyn std::fmt::Display, mend: &'static str) -> SetupError {
+pub(in crate::commands) fn place(
+    what: &'static str,
+    path: &Path,
+    problem: &dyn std::fmt::Display,
+    mend: &'static str,
+) -> SetupError {
     SetupError::Place { what, path: path.to_owned(), problem: problem.to_string(), mend }
 }
 
-fn private(what: &'static str, path: &Path) -> Result<(), SetupError> {
+/// Makes a directory that is ours alone.
+pub(in crate::commands) fn private(what: &'static str, path: &Path) -> Result<(), SetupError> {
     if let Some(parent) = path.parent() {
         fs::DirBuilder::new()
             .recursive(true)
@@ -398,7 +404,7 @@ fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
 }
 
 /// The places of pods; the pods directory is made and written to, so that a full or read-only one is known at once.
-pub(super) fn places(
+pub(in crate::commands) fn places(
     args: &PodArgs,
     env: &Environment,
     job: Option<&str>,
@@ -455,8 +461,8 @@ fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), SetupError> {
     })
 }
 
-/// A name that no other pilot has: the kernel makes one at each read.
-fn instance() -> String {
+/// A name that no other pilot or pod has: the kernel makes one at each read.
+pub(in crate::commands) fn instance() -> String {
     fs::read_to_string("/proc/sys/kernel/random/uuid").map_or_else(
         |_| format!("{}-{:?}", std::process::id(), SystemTime::now()),
         |uuid| uuid.trim().to_owned(),
@@ -464,7 +470,7 @@ fn instance() -> String {
 }
 
 /// This process, as markers name it.
-pub(super) fn this_process() -> ProcessIdentity {
+pub(in crate::commands) fn this_process() -> ProcessIdentity {
     let pid = nix::unistd::getpid().as_raw();
     ProcessIdentity {
         pid,
@@ -549,10 +555,6 @@ fn node_config(
         labels.insert("jiriaf.jobid".to_owned(), node::labels::label_value(&job.value));
     }
     labels.extend(args.labels.iter().cloned());
-    let mut counted: BTreeMap<String, u32> = BTreeMap::new();
-    for gpu in gpus {
-        *counted.entry(resource(gpu.vendor).to_owned()).or_default() += 1;
-    }
     let taint = |taint: &crate::cli::Taint| k8s_openapi::api::core::v1::Taint {
         key: taint.key.clone(),
         value: taint.value.clone(),
@@ -567,17 +569,26 @@ fn node_config(
         taints,
         hostname: allocation.host.clone(),
         internal_ip: ip.to_owned(),
-        capacity: node::Capacity {
-            cpus: allocation.cpus.value.len(),
-            memory_bytes: allocation.memory.value,
-            pods: PODS,
-            ephemeral_storage_bytes: free_bytes(&places.pods),
-            gpus: counted,
-        },
+        capacity: capacity(allocation, &places.pods),
         daemon_port: None,
         instance: state.instance.clone(),
         walltime: allocated(args, allocation, state),
         publish_walltime: args.pods.walltime != Some(Walltime::Zero),
+    }
+}
+
+/// What the allocation offers, with the room that the pods directory has.
+pub(in crate::commands) fn capacity(allocation: &Allocation, pods: &Path) -> node::Capacity {
+    let mut gpus: BTreeMap<String, u32> = BTreeMap::new();
+    for gpu in &allocation.gpus.value {
+        *gpus.entry(resource(gpu.vendor).to_owned()).or_default() += 1;
+    }
+    node::Capacity {
+        cpus: allocation.cpus.value.len(),
+        memory_bytes: allocation.memory.value,
+        pods: PODS,
+        ephemeral_storage_bytes: free_bytes(pods),
+        gpus,
     }
 }
 
@@ -618,7 +629,8 @@ fn facts(config: &NodeConfig, args: &RunArgs) -> NodeFacts {
     }
 }
 
-fn policy(batch: BatchSystem) -> Policy {
+/// How containers start and end under a batch system.
+pub(in crate::commands) fn policy(batch: BatchSystem) -> Policy {
     let pbs = matches!(batch, BatchSystem::Pbs | BatchSystem::Torque);
     Policy {
         session: if pbs { Session::Shared } else { Session::Own },
@@ -644,7 +656,7 @@ fn follow_labels(
 }
 
 /// What goes on beside the pods: remains of dead supervisors are ended, old logs go.
-pub(super) fn spawn_housekeeping(context: &Arc<Context>) {
+pub(in crate::commands) fn spawn_housekeeping(context: &Arc<Context>) {
     let supervisors = Arc::clone(&context.supervisors);
     tokio::spawn(async move { supervisors.reap_strays(allocation::command::is_ours).await });
     let kept_root = context.places.pods.join(directory::KEPT);

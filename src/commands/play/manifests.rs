@@ -1,0 +1,524 @@
+//! From files to what is to run: Pods, Jobs, ConfigMaps and Secrets.
+//!
+//! [`read`] takes the texts of all files at once, so that nothing starts while anything is wrong. What the API server
+//! would do to an object before anybody sees it is done here: the default namespace, `stringData`, its checks of names.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use k8s_openapi::ByteString;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodSpec, Secret};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Longest name of a pod (DNS subdomain, RFC 1123, as apimachinery's validation has it).
+const SUBDOMAIN: usize = 253;
+
+/// Longest name of a container, a namespace, and a Job (whose pods' names are its own and more): a DNS label.
+const LABEL: usize = 63;
+
+/// One file's text.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The file's name as it was given; `-` is standard input.
+    pub name: String,
+    /// What is in it.
+    pub text: String,
+}
+
+/// All that the manifests hold.
+#[derive(Debug, Default)]
+pub struct Manifests {
+    /// Pods, in the order of the files.
+    pub pods: Vec<Pod>,
+    /// Jobs, in the order of the files.
+    pub jobs: Vec<Job>,
+    /// ConfigMaps.
+    pub config_maps: Vec<ConfigMap>,
+    /// Secrets, `stringData` merged into `data`.
+    pub secrets: Vec<Secret>,
+    /// What is not looked at: kind and name.
+    pub ignored: Vec<String>,
+}
+
+/// Why manifests cannot be played.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// A document is no good.
+    #[error("{place}: {problem}")]
+    Document {
+        /// File and document.
+        place: Place,
+        /// What is wrong, and what is wanted.
+        problem: String,
+    },
+    /// There is nothing to run.
+    #[error("{files}: there is neither a Pod nor a Job to run{}", if ignored.is_empty() { String::new() } else { format!(" (ignored: {ignored})") })]
+    Nothing {
+        /// The files.
+        files: String,
+        /// What was found instead.
+        ignored: String,
+    },
+    /// A pod wants an object that is not there and, without a cluster, never will be.
+    #[error(
+        "{pod} wants the {kind} {object}, which is in none of the files; add it, or mark it `optional: true`"
+    )]
+    Missing {
+        /// Pod or Job.
+        pod: String,
+        /// ConfigMap or Secret.
+        kind: &'static str,
+        /// Its namespace and name.
+        object: String,
+    },
+}
+
+/// A document in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub file: String,
+    /// The document, from 1.
+    pub document: usize,
+    /// The item of a List, from 1.
+    pub item: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, document {}", self.file, self.document)?;
+        self.item.map_or(Ok(()), |item| write!(f, ", item {item}"))
+    }
+}
+
+impl Place {
+    fn error(&self, problem: impl Into<String>) -> ManifestError {
+        ManifestError::Document { place: self.clone(), problem: problem.into() }
+    }
+}
+
+/// An object as it was written: where it stands alone, the parser can name the line.
+enum Body<'a> {
+    Text { text: &'a str, first_line: usize },
+    Item(&'a Value),
+}
+
+impl Body<'_> {
+    fn parse<T: DeserializeOwned>(&self, place: &Place) -> Result<T, ManifestError> {
+        match self {
+            Self::Text { text, first_line } => parse(text, *first_line, place),
+            Self::Item(value) => T::deserialize(*value).map_err(|error| place.error(error.to_string())),
+        }
+    }
+}
+
+/// Reads all files. `new_uid` makes a name that no other object has.
+///
+/// # Errors
+/// When a document does not parse, a name is no good or taken, an object is missing, or there is nothing to run.
+pub fn read(sources: &[Source], mut new_uid: impl FnMut() -> String) -> Result<Manifests, ManifestError> {
+    let mut all = Manifests::default();
+    for source in sources {
+        for (index, (first_line, text)) in documents(&source.text).into_iter().enumerate() {
+            let place = Place { file: source.name.clone(), document: index + 1, item: None };
+            let value: Value = parse(text, first_line, &place)?;
+            if value.get("kind").and_then(Value::as_str) == Some("List") {
+                let items = value.get("items").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+                for (index, item) in items.iter().enumerate() {
+                    let place = Place { item: Some(index + 1), ..place.clone() };
+                    let item = with_text_quantities(item.clone());
+                    all.take(&place, &item, &Body::Item(&item), &mut new_uid)?;
+                }
+            } else {
+                all.take(&place, &value, &Body::Text { text, first_line }, &mut new_uid)?;
+            }
+        }
+    }
+    if all.pods.is_empty() && all.jobs.is_empty() {
+        let files = sources.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(ManifestError::Nothing { files, ignored: all.ignored.join(", ") });
+    }
+    all.check_references()?;
+    Ok(all)
+}
+
+/// The documents of a stream, each with the number of its first line (from 0). A line that begins with `---` begins a
+/// document wherever it stands (YAML 1.2, 9.1.2); what holds nothing but comments and directives is none.
+fn documents(text: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let (mut start, mut first_line, mut offset) = (0, 0, 0);
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        let is_marker = line
+            .strip_prefix("---")
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace));
+        if is_marker {
+            found.push((first_line, &text[start..offset]));
+            (start, first_line) = (offset, number);
+        }
+        offset += line.len();
+    }
+    found.push((first_line, &text[start..]));
+    let holds_something = |text: &str| {
+        text.lines().any(|line| {
+            let line = line.trim();
+            !line.is_empty() && !line.starts_with(['#', '%']) && line != "---" && line != "..."
+        })
+    };
+    found.retain(|(_, text)| holds_something(text));
+    found
+}
+
+fn parse<T: DeserializeOwned>(text: &str, first_line: usize, place: &Place) -> Result<T, ManifestError> {
+    serde_saphyr::from_str(text).map_err(|error| {
+        // Once more with as many empty lines before it as the file has: the parser then names the file's own line.
+        let padded = format!("{}{text}", "\n".repeat(first_line));
+        let error = serde_saphyr::from_str::<T>(&padded).err().unwrap_or(error);
+        place.error(error.to_string())
+    })
+}
+
+/// Numbers under `resources` as text: the API server takes both, and our types take text.
+fn with_text_quantities(mut value: Value) -> Value {
+    fn walk(value: &mut Value, within: bool) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    walk(value, within || key == "resources" || key == "sizeLimit");
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| walk(item, within)),
+            Value::Number(number) if within => *value = Value::String(number.to_string()),
+            _ => {}
+        }
+    }
+    walk(&mut value, false);
+    value
+}
+
+/// What must be text and was written as a number or a boolean. The API server refuses it; a YAML reader that is asked for
+/// text would take it.
+fn not_text(value: &Value) -> Option<String> {
+    fn is_wrong(value: &Value) -> bool {
+        matches!(value, Value::Number(_) | Value::Bool(_))
+    }
+    fn walk(value: &Value, path: &str) -> Option<String> {
+        match value {
+            Value::Object(map) => map.iter().find_map(|(key, value)| {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let wrong = match (key.as_str(), value) {
+                    ("command" | "args", Value::Array(items)) => {
+                        items.iter().position(is_wrong).map(|i| format!("{path}[{i}]"))
+                    }
+                    (
+                        "labels" | "annotations" | "nodeSelector" | "data" | "stringData" | "matchLabels",
+                        Value::Object(map),
+                    ) => map.iter().find(|(_, v)| is_wrong(v)).map(|(k, _)| format!("{path}.{k}")),
+                    ("env", Value::Array(items)) => items
+                        .iter()
+                        .position(|item| item.get("value").is_some_and(is_wrong))
+                        .map(|i| format!("{path}[{i}].value")),
+                    _ => None,
+                };
+                wrong.or_else(|| walk(value, &path))
+            }),
+            Value::Array(items) => {
+                items.iter().enumerate().find_map(|(i, item)| walk(item, &format!("{path}[{i}]")))
+            }
+            _ => None,
+        }
+    }
+    walk(value, "")
+}
+
+impl Manifests {
+    fn take(
+        &mut self,
+        place: &Place,
+        value: &Value,
+        body: &Body<'_>,
+        new_uid: &mut impl FnMut() -> String,
+    ) -> Result<(), ManifestError> {
+        let Some(kind) = value.get("kind").and_then(Value::as_str) else {
+            return Err(place.error("there is no `kind`; a Pod, a Job, a ConfigMap or a Secret is wanted"));
+        };
+        if !matches!(kind, "Pod" | "Job" | "ConfigMap" | "Secret") {
+            let name = value.pointer("/metadata/name").and_then(Value::as_str).unwrap_or("-");
+            self.ignored.push(format!("{kind} {name}"));
+            return Ok(());
+        }
+        if let Some(path) = not_text(value) {
+            return Err(
+                place.error(format!("{kind}: {path} must be text; write it in quotes, as in \"300\""))
+            );
+        }
+        match kind {
+            "Pod" => {
+                let mut pod: Pod = body.parse(place)?;
+                let uid = new_uid();
+                complete(&mut pod.metadata, uid, SUBDOMAIN, place)?;
+                // A status in a file is of another pod's life.
+                pod.status = None;
+                check_pod(pod.spec.as_ref(), place)?;
+                if self.pods.iter().any(|other| is_same(&other.metadata, &pod.metadata)) {
+                    return Err(place.error(format!("there are two Pods {}", full_name(&pod.metadata))));
+                }
+                self.pods.push(pod);
+            }
+            "Job" => {
+                let mut job: Job = body.parse(place)?;
+                let uid = new_uid();
+                complete(&mut job.metadata, uid, LABEL, place)?;
+                let spec = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+                check_pod(spec, place)?;
+                if !matches!(spec.and_then(|s| s.restart_policy.as_deref()), Some("Never" | "OnFailure")) {
+                    return Err(place.error("a Job's template wants restartPolicy Never or OnFailure"));
+                }
+                if self.jobs.iter().any(|other| is_same(&other.metadata, &job.metadata)) {
+                    return Err(place.error(format!("there are two Jobs {}", full_name(&job.metadata))));
+                }
+                self.jobs.push(job);
+            }
+            "ConfigMap" => {
+                let mut map: ConfigMap = body.parse(place)?;
+                complete(&mut map.metadata, String::new(), SUBDOMAIN, place)?;
+                self.config_maps.push(map);
+            }
+            _ => {
+                let mut secret: Secret = body.parse(place)?;
+                complete(&mut secret.metadata, String::new(), SUBDOMAIN, place)?;
+                // The API server merges stringData over data (core/v1, Secret).
+                let text = secret.string_data.take().unwrap_or_default();
+                let data = secret.data.get_or_insert_default();
+                data.extend(text.into_iter().map(|(key, text)| (key, ByteString(text.into_bytes()))));
+                self.secrets.push(secret);
+            }
+        }
+        Ok(())
+    }
+
+    /// Without a cluster nobody will ever make what is missing, so a pod would wait for it for ever.
+    fn check_references(&self) -> Result<(), ManifestError> {
+        let keys = |all: Vec<&ObjectMeta>| all.into_iter().map(full_name).collect::<BTreeSet<_>>();
+        let maps = keys(self.config_maps.iter().map(|o| &o.metadata).collect());
+        let secrets = keys(self.secrets.iter().map(|o| &o.metadata).collect());
+        let pods = self.pods.iter().map(|pod| ("Pod", &pod.metadata, pod.spec.as_ref()));
+        let jobs = self.jobs.iter().map(|job| {
+            ("Job", &job.metadata, job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref()))
+        });
+        for (what, meta, spec) in pods.chain(jobs) {
+            for (kind, name) in spec.map(references).unwrap_or_default() {
+                let namespace = meta.namespace.as_deref().unwrap_or_default();
+                let object = format!("{namespace}/{name}");
+                let known = if kind == "ConfigMap" { &maps } else { &secrets };
+                if !known.contains(&object) {
+                    return Err(ManifestError::Missing {
+                        pod: format!("{what} {}", full_name(meta)),
+                        kind,
+                        object,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The ConfigMaps and Secrets that a pod cannot start without.
+fn references(spec: &PodSpec) -> Vec<(&'static str, String)> {
+    let mut found = Vec::new();
+    let mut note = |kind, name: Option<&String>, optional: Option<bool>| {
+        if let Some(name) = name.filter(|name| !name.is_empty() && optional != Some(true)) {
+            found.push((kind, name.clone()));
+        }
+    };
+    for volume in spec.volumes.iter().flatten() {
+        if let Some(map) = &volume.config_map {
+            note("ConfigMap", Some(&map.name), map.optional);
+        }
+        if let Some(secret) = &volume.secret {
+            note("Secret", secret.secret_name.as_ref(), secret.optional);
+        }
+        for source in volume.projected.iter().flat_map(|p| p.sources.iter().flatten()) {
+            if let Some(map) = &source.config_map {
+                note("ConfigMap", Some(&map.name), map.optional);
+            }
+            if let Some(secret) = &source.secret {
+                note("Secret", Some(&secret.name), secret.optional);
+            }
+        }
+    }
+    for container in &spec.containers {
+        for source in container.env_from.iter().flatten() {
+            if let Some(map) = &source.config_map_ref {
+                note("ConfigMap", Some(&map.name), map.optional);
+            }
+            if let Some(secret) = &source.secret_ref {
+                note("Secret", Some(&secret.name), secret.optional);
+            }
+        }
+        for source in container.env.iter().flatten().filter_map(|env| env.value_from.as_ref()) {
+            if let Some(key) = &source.config_map_key_ref {
+                note("ConfigMap", Some(&key.name), key.optional);
+            }
+            if let Some(key) = &source.secret_key_ref {
+                note("Secret", Some(&key.name), key.optional);
+            }
+        }
+    }
+    found
+}
+
+fn is_same(one: &ObjectMeta, other: &ObjectMeta) -> bool {
+    one.namespace == other.namespace && one.name == other.name
+}
+
+fn full_name(meta: &ObjectMeta) -> String {
+    format!("{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
+
+/// Namespace and name as the API server would fill them in and check them: both become parts of paths.
+fn complete(meta: &mut ObjectMeta, uid: String, most: usize, place: &Place) -> Result<(), ManifestError> {
+    let namespace = meta.namespace.get_or_insert_with(|| "default".to_owned());
+    if !is_name(namespace, LABEL) || namespace.contains('.') {
+        return Err(place.error(format!(
+            "the namespace {namespace:?} is no good: at most {LABEL} of a-z, 0-9 and '-' are wanted"
+        )));
+    }
+    if meta.name.is_none()
+        && let Some(prefix) = &meta.generate_name
+    {
+        meta.name = Some(format!("{prefix}{}", uid.get(..5).unwrap_or("00000")));
+    }
+    match meta.name.as_deref() {
+        Some(name) if is_name(name, most) => {}
+        Some(name) => {
+            return Err(place.error(format!(
+                "the name {name:?} is no good: at most {most} of a-z, 0-9, '-' and '.' are wanted, a letter or digit first and last"
+            )));
+        }
+        None => return Err(place.error("there is no metadata.name")),
+    }
+    meta.uid = Some(uid);
+    meta.deletion_timestamp = None;
+    meta.finalizers = None;
+    Ok(())
+}
+
+fn is_name(name: &str, most: usize) -> bool {
+    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let bytes = name.as_bytes();
+    name.len() <= most
+        && edge(bytes.first())
+        && edge(bytes.last())
+        && !name.contains("..")
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'))
+}
+
+fn check_pod(spec: Option<&PodSpec>, place: &Place) -> Result<(), ManifestError> {
+    let Some(spec) = spec.filter(|spec| !spec.containers.is_empty()) else {
+        return Err(place.error("there is no container in spec.containers"));
+    };
+    let mut seen = BTreeSet::new();
+    for container in &spec.containers {
+        if !is_name(&container.name, LABEL) || container.name.contains('.') {
+            return Err(place.error(format!(
+                "the container name {:?} is no good: at most {LABEL} of a-z, 0-9 and '-' are wanted",
+                container.name
+            )));
+        }
+        if !seen.insert(&container.name) {
+            return Err(place.error(format!("there are two containers {:?}", container.name)));
+        }
+    }
+    match spec.restart_policy.as_deref() {
+        None | Some("Always" | "OnFailure" | "Never") => Ok(()),
+        Some(other) => {
+            Err(place.error(format!("restartPolicy {other:?} is none of Always, OnFailure and Never")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_text(text: &str) -> Result<Manifests, ManifestError> {
+        let mut count = 0;
+        read(&[Source { name: "a.yaml".to_owned(), text: text.to_owned() }], || {
+            count += 1;
+            format!("{count:08}-uid")
+        })
+    }
+
+    const POD: &str =
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p1}\nspec: {containers: [{name: c1, image: i}]}\n";
+
+    fn pod(spec: &str) -> String {
+        format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: p1}}\nspec:\n{spec}")
+    }
+
+    #[test]
+    fn documents_of_all_kinds_are_read() {
+        let text = format!(
+            "# a comment alone\n---\n{POD}---\napiVersion: v1\nkind: Secret\nmetadata: {{name: s}}\ndata: {{a: eA==, b: eQ==}}\nstringData: {{b: z}}\n\
+             ---\nkind: Service\napiVersion: v1\nmetadata: {{name: web}}\n---\n---\nkind: List\napiVersion: v1\nitems:\n- kind: ConfigMap\n  apiVersion: v1\n  metadata: {{name: m}}\n  data: {{k: v}}\n"
+        );
+        let all = read_text(&text).unwrap();
+        assert_eq!(all.pods[0].metadata.namespace.as_deref(), Some("default"));
+        assert_eq!(all.pods[0].metadata.uid.as_deref(), Some("00000001-uid"));
+        let data = all.secrets[0].data.as_ref().unwrap();
+        assert_eq!((data["a"].0.as_slice(), data["b"].0.as_slice()), (&b"x"[..], &b"z"[..]));
+        assert_eq!(all.config_maps[0].metadata.name.as_deref(), Some("m"));
+        assert_eq!(all.ignored, ["Service web"]);
+    }
+
+    #[test]
+    fn what_does_not_parse_is_named_with_its_document_and_the_files_line() {
+        let error = read_text(&format!("{POD}---\nkind: [\n")).unwrap_err().to_string();
+        assert!(error.starts_with("a.yaml, document 2: "), "{error}");
+        assert!(error.contains("line 6") || error.contains("line 7") || error.contains(":7:"), "{error}");
+    }
+
+    #[test]
+    fn what_the_api_server_would_refuse_is_refused() {
+        let container = "  containers: [{name: c1, image: i}]\n";
+        for (text, wanted) in [
+            ("metadata: {name: a}\n".to_owned(), "no `kind`"),
+            (POD.replace("p1", "../p1"), "name \"../p1\""),
+            (POD.replace("{name: p1}", "{name: p1, namespace: a/b}"), "namespace \"a/b\""),
+            (POD.replace("{name: p1}", "{}"), "no metadata.name"),
+            (POD.replace("name: c1", "name: ../c"), "container name"),
+            (POD.replace("image: i", "args: [300]"), "args[0] must be text"),
+            (POD.replace("image: i", "env: [{name: A, value: true}]"), "env[0].value must be text"),
+            (POD.replace("image: i", "args: 300"), "document 1"),
+            (pod("  containers: []\n"), "no container"),
+            (pod(&format!("  restartPolicy: Often\n{container}")), "restartPolicy \"Often\""),
+            (format!("{POD}---\n{POD}"), "two Pods default/p1"),
+            (pod(&format!("{container}  volumes: [{{name: v, configMap: {{name: m}}}}]\n")), "wants the ConfigMap default/m"),
+            (pod("  containers: [{name: c1, envFrom: [{secretRef: {name: s}}]}]\n"), "wants the Secret default/s"),
+            ("kind: ConfigMap\napiVersion: v1\nmetadata: {name: m}\n".to_owned(), "neither a Pod nor a Job"),
+            ("".to_owned(), "neither a Pod nor a Job"),
+            ("kind: Job\napiVersion: batch/v1\nmetadata: {name: j}\nspec: {template: {spec: {containers: [{name: c}]}}}\n".to_owned(), "restartPolicy Never or OnFailure"),
+        ] {
+            let error = read_text(&text).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{wanted}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_optional_may_be_missing_and_quantities_may_be_numbers() {
+        let text = pod(
+            "  containers: [{name: c1, resources: {requests: {cpu: 1}}}]\n  volumes: [{name: v, secret: {secretName: s, optional: true}}]\n",
+        );
+        let all = read_text(&text).unwrap();
+        let requests =
+            all.pods[0].spec.as_ref().unwrap().containers[0].resources.as_ref().unwrap().requests.as_ref();
+        assert_eq!(requests.unwrap()["cpu"].0, "1");
+        let indented = text.lines().map(|line| format!("  {line}\n")).collect::<String>();
+        let list = format!("kind: List\nitems:\n-\n{indented}");
+        assert_eq!(read_text(&list).unwrap().pods.len(), 1);
+    }
+}
