@@ -1,7 +1,7 @@
 //! `run`: the guardian's and the pilot's beginnings, and the pilot's one loop from its first sign of life to its last.
 
 mod end;
-mod setup;
+pub(super) mod setup;
 mod signals;
 
 use std::ffi::OsString;

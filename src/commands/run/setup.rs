@@ -203,12 +203,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let home = env.get("HOME").map(PathBuf::from);
     let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
 
-    let site = args
-        .site
-        .clone()
-        .filter(|s| !s.is_empty())
-        .or_else(|| allocation.cluster.as_ref().map(|c| c.value.clone()));
-    let site = site.unwrap_or_else(|| "local".to_owned());
+    let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
     let state_root = args.pods.state_dir.clone().unwrap_or_else(|| default_state_dir(&env));
     let state_dir = state_root.join(&name);
@@ -336,7 +331,15 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     })
 }
 
-fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
+/// The label jiriaf.site: as set, else the batch cluster's name.
+pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> String {
+    let set = args.site.clone().filter(|site| !site.is_empty());
+    let site = set.or_else(|| allocation.cluster.as_ref().map(|cluster| cluster.value.clone()));
+    site.unwrap_or_else(|| "local".to_owned())
+}
+
+/// The Node's name: as set, else made of site, job and host.
+pub(in crate::commands) fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
     match args.node_name.as_deref().filter(|name| !name.is_empty()) {
         // Several tasks of a job may share a NODENAME that the job script exports.
         Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
@@ -377,7 +380,7 @@ fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
 }
 
 /// Keeps the port for the Node's own API. It is bound but not listened on, so nobody can connect.
-fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
+pub(in crate::commands) fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
     use std::os::fd::AsRawFd;
     if port == 0 {
@@ -472,7 +475,7 @@ pub(super) fn this_process() -> ProcessIdentity {
     }
 }
 
-fn rfc3339(at: SystemTime) -> String {
+pub(in crate::commands) fn rfc3339(at: SystemTime) -> String {
     jiff::Timestamp::try_from(at)
         .and_then(|t| t.round(jiff::Unit::Second))
         .map_or_else(|_| "?".to_owned(), |t| t.to_string())
