@@ -79,7 +79,9 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
             findings.extend(server::look(&kube, &name, &args.namespaces).await);
         }
         Err(error) => {
-            findings.push(Finding::fail("kubeconfig", error.to_string(), ""));
+            let text = error.to_string();
+            let text = text.strip_prefix("kubeconfig ").unwrap_or(&text);
+            findings.push(Finding::fail("kubeconfig", text, ""));
             findings.push(Finding::warn(
                 "API server",
                 "neither it nor the rights were looked at, for want of a kubeconfig",

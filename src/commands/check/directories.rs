@@ -150,8 +150,7 @@ fn judge(facts: &Facts, purpose: Purpose, own: u32) -> Vec<Finding> {
         )),
         // The sticky bit (01000) lets nobody move what is another's.
         Purpose::Pods if there && facts.mode & 0o022 != 0 && facts.mode & 0o1000 == 0 => {
-            let value =
-                format!("{path} has mode {:04o}: others can move pods' directories", facts.mode);
+            let value = format!("{path} has mode {:04o}: others can move pods' directories", facts.mode);
             findings.push(Finding::warn(thing, value, format!("chmod go-w {path}")));
         }
         _ => {}
@@ -179,7 +178,8 @@ fn judge(facts: &Facts, purpose: Purpose, own: u32) -> Vec<Finding> {
     }
     let state = if there { "writable" } else { "not there yet; can be made" };
     let network = facts.network.map_or_else(String::new, |kind| format!(" on {kind}"));
-    findings.insert(0, Finding::ok(thing, format!("{path}, {state}, {} GiB of room{network}", facts.free >> 30)));
+    findings
+        .insert(0, Finding::ok(thing, format!("{path}, {state}, {} GiB of room{network}", facts.free >> 30)));
     findings
 }
 
@@ -226,7 +226,11 @@ mod tests {
         for (name, change, pods, state) in cases {
             let mut facts = good();
             change(&mut facts);
-            assert_eq!((worst(&facts, Purpose::Pods), worst(&facts, Purpose::State)), (pods, state), "{name}");
+            assert_eq!(
+                (worst(&facts, Purpose::Pods), worst(&facts, Purpose::State)),
+                (pods, state),
+                "{name}"
+            );
         }
         let file = Facts { is_directory: false, ..good() };
         assert_eq!(worst(&file, Purpose::Pods), Fail);

@@ -49,10 +49,15 @@ pub fn allocation(allocation: &Allocation, deadline: Option<&Deadline>, now: Sys
     let mut findings = vec![Finding::ok("allocation", format!("{job}, host {}", allocation.host))];
     findings.push(time(allocation, deadline, now));
     let (cpus, memory) = (allocation.cpus.value.len(), allocation.memory.value);
-    let granted = format!("{cpus} CPUs, {} MiB of memory, {} GPUs", memory >> 20, allocation.gpus.value.len());
+    let granted =
+        format!("{cpus} CPUs, {} MiB of memory, {} GPUs", memory >> 20, allocation.gpus.value.len());
     findings.push(if cpus == 0 || memory == 0 {
         let value = format!("{granted}: not all could be learnt");
-        Finding::warn("allocation", value, "look at `jiriaf-pilot allocation`; pods that ask for it do not come")
+        Finding::warn(
+            "allocation",
+            value,
+            "look at `jiriaf-pilot allocation`; pods that ask for it do not come",
+        )
     } else if memory < LITTLE_MEMORY {
         Finding::warn("allocation", format!("{granted}: that is little memory"), "ask for more")
     } else {

@@ -147,16 +147,14 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
         rights.push(right.without(Verdict::Warn, "kubectl describe says less"));
     }
     let assumed = ["default".to_owned()];
-    let (namespaces, lack) = if namespaces.is_empty() {
-        (&assumed[..], Verdict::Warn)
-    } else {
-        (namespaces, Verdict::Fail)
-    };
+    let (namespaces, lack) =
+        if namespaces.is_empty() { (&assumed[..], Verdict::Warn) } else { (namespaces, Verdict::Fail) };
     for namespace in namespaces.iter().take(NAMESPACES) {
         let within = |verb, resource| Right::new(verb, "", resource).within(namespace);
         rights.push(within("get", "configmaps").without(lack, "pods there get no scripts"));
-        rights
-            .push(within("get", "secrets").without(Verdict::Warn, "pods there that use a Secret do not start"));
+        rights.push(
+            within("get", "secrets").without(Verdict::Warn, "pods there that use a Secret do not start"),
+        );
         rights.push(
             within("create", "serviceaccounts/token")
                 .without(Verdict::Warn, "pods there get no service account token"),
@@ -168,7 +166,8 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
 /// What no pilot should have: every pod of a pilot can read what the pilot can.
 pub fn excessive() -> Vec<Right> {
     let dangerous = |verb, resource| {
-        Right::new(verb, "", resource).without(Verdict::Warn, "as good as cluster-admin for every pod that runs here")
+        Right::new(verb, "", resource)
+            .without(Verdict::Warn, "as good as cluster-admin for every pod that runs here")
     };
     vec![
         Right::new("*", "*", "*").without(Verdict::Warn, "cluster-admin for every pod that runs here"),

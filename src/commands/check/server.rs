@@ -78,7 +78,11 @@ async fn port(kube: &Kube, findings: &mut Vec<Finding>) -> Result<(), Finding> {
     let found = match timeout(NAME_LIMIT, tokio::net::lookup_host((host.as_str(), port))).await {
         Ok(Ok(found)) => found.take(ADDRESSES).collect::<Vec<SocketAddr>>(),
         Ok(Err(error)) => {
-            return Err(Finding::fail(thing, format!("the name {host} is not known here: {error}"), resolver));
+            return Err(Finding::fail(
+                thing,
+                format!("the name {host} is not known here: {error}"),
+                resolver,
+            ));
         }
         Err(_) => {
             let value = format!("the name {host} was not found within {} s", NAME_LIMIT.as_secs());
@@ -184,7 +188,9 @@ async fn identity(client: &kube::Client, node: &str, findings: &mut Vec<Finding>
         Finding::fail(
             "credential",
             format!("is that of {name}, which may be no Node but its own"),
-            format!("set --node-name (NODENAME) to match, or use the credential of {own} or a ServiceAccount's"),
+            format!(
+                "set --node-name (NODENAME) to match, or use the credential of {own} or a ServiceAccount's"
+            ),
         )
     } else {
         Finding::ok("credential", format!("is that of {name}"))

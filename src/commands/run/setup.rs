@@ -172,11 +172,15 @@ pub fn become_pilot() -> io::Result<()> {
 
 /// What survives a crash of the pilot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct PilotState {
+pub(in crate::commands) struct PilotState {
     version: u32,
     /// A name of this pilot that no other has.
     instance: String,
-    boot: String,
+    /// The boot in which it began.
+    pub boot: String,
+    /// Its guardian, which is there before the pilot and after each crash of it: `clean` asks whether it lives.
+    #[serde(default)]
+    pub guardian: Option<ProcessIdentity>,
     first_start: SystemTime,
     /// The time that was left at the first start, in seconds: the leads are a part of it.
     first_left: Option<u64>,
@@ -292,7 +296,8 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
             ip,
             host: allocation.host.clone(),
             job: allocation.job_id.as_ref().map(|j| j.value.clone()),
-            process: this_process(),
+            // A crash of the pilot changes nothing about whose a directory is.
+            process: guardian_process(),
             mark,
         },
         places,
@@ -430,6 +435,7 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         version: PILOT_STATE_VERSION,
         instance: instance(),
         boot: boot.clone(),
+        guardian: Some(guardian_process()),
         first_start: SystemTime::now(),
         first_left: None,
     };
@@ -447,6 +453,12 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(fresh()),
         Err(error) => Err(place("state directory", &path, &error, "choose another place with --state-dir")),
     }
+}
+
+/// The state of the pilot whose directory this is; none where there is none that can be read.
+pub(in crate::commands) fn read_state(state_dir: &Path) -> Option<PilotState> {
+    let bytes = fs::read(state_dir.join("pilot.json")).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), SetupError> {
@@ -467,7 +479,15 @@ fn instance() -> String {
 
 /// This process, as markers name it.
 pub(super) fn this_process() -> ProcessIdentity {
-    let pid = nix::unistd::getpid().as_raw();
+    identity(nix::unistd::getpid().as_raw())
+}
+
+/// The guardian of this process, whose child it is.
+fn guardian_process() -> ProcessIdentity {
+    identity(nix::unistd::getppid().as_raw())
+}
+
+fn identity(pid: i32) -> ProcessIdentity {
     ProcessIdentity {
         pid,
         start: crate::container::process::start_time(pid).unwrap_or_default(),
