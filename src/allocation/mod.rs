@@ -25,6 +25,7 @@ pub use ask::{AskError, Question};
 pub use deadline::Deadline;
 pub use duration::{Walltime, format_clock, parse_walltime};
 pub use environment::Environment;
+pub(crate) use pbs::find_qstat;
 pub use report::render;
 pub use resources::{Gpu, Roots, Vendor};
 pub use slurm::{TimeLeft, expand_hosts, parse_time_left};

@@ -82,7 +82,7 @@ fn configuration(env: &Environment) -> PathBuf {
 
 /// PBS's own qstat first: in PATH there may be Slurm's wrapper of that name (slurm-wlm-torque). PBS_O_PATH, the PATH
 /// of the submission, comes last: it is another host's, but a job's own PATH often lacks PBS altogether.
-fn find_qstat(env: &Environment) -> Option<PathBuf> {
+pub(crate) fn find_qstat(env: &Environment) -> Option<PathBuf> {
     let installed = read_bounded(&configuration(env)).as_deref().and_then(pbs_exec).map(str::to_owned);
     let installed = installed.or_else(|| env.filled("PBS_EXEC").map(str::to_owned));
     installed

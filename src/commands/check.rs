@@ -1,10 +1,110 @@
-//! `check`.
+//! `jiriaf-pilot check`: says what would go wrong, before the job is submitted or inside it, with the mend for each.
+//!
+//! It takes `run`'s settings and looks at what `run` would do with them, by `run`'s own functions. Nothing is registered
+//! and nothing is left behind. Every wait has a limit.
+
+mod clock;
+mod credentials;
+mod directories;
+mod finding;
+mod host;
+mod rights;
+mod server;
+
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
 
+use self::directories::Purpose;
+use self::finding::{Finding, passes, render};
+use super::run::setup;
+use crate::allocation::duration::Walltime;
+use crate::allocation::{self, DetectSettings, Environment, TrackerSettings, first_deadline};
 use crate::cli::RunArgs;
+use crate::cluster::Kube;
 
-/// Runs `check`.
+/// Prints what was found; the exit code is 0 when nothing is in the way of a pilot, else 1.
 #[must_use]
-pub fn run(_args: RunArgs) -> ExitCode {
-    ExitCode::from(2)
+pub fn run(args: RunArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let findings = runtime.block_on(look(&args));
+    // A file system or a credential program that hangs may hold a blocking thread for ever.
+    runtime.shutdown_background();
+    let printed = std::io::stdout().lock().write_all(render(&findings).as_bytes());
+    if printed.is_ok() && passes(&findings) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn look(args: &RunArgs) -> Vec<Finding> {
+    let env = Environment::from_process();
+    let now = SystemTime::now();
+    let mut findings = vec![match setup::check_settings(args) {
+        Ok(()) => Finding::ok("settings", format!("jiriaf-pilot {}", env!("CARGO_PKG_VERSION"))),
+        Err(error) => Finding::fail("settings", error.to_string(), ""),
+    }];
+
+    let granted =
+        allocation::detect(&env, &DetectSettings { ask_always: true, ..DetectSettings::new(now) }).await;
+    let walltime = match args.pods.walltime {
+        Some(Walltime::Limit(duration)) => Some(duration),
+        Some(Walltime::Zero) | None => None,
+    };
+    let end = first_deadline(&granted, &TrackerSettings { walltime, ..TrackerSettings::new(now) }, now);
+    let name = setup::node_name(args, &setup::site(args, &granted), &granted);
+    findings.extend(host::allocation(&granted, end.as_ref(), now));
+    findings.extend(host::tools(&env, granted.batch));
+    findings.push(host::port(args));
+
+    let home = env.filled("HOME").map(PathBuf::from);
+    match args.pods.pods_dir.clone().or_else(|| home.clone()) {
+        Some(pods) => findings.extend(directories::look(pods, Purpose::Pods).await),
+        None => findings.push(Finding::warn("pods directory", "not looked at, for want of HOME", "")),
+    }
+    if home.is_none() {
+        let mend = "set it to your home directory (pods see it too)";
+        findings.push(Finding::fail("HOME", "is not set", mend));
+    }
+    let state = args.pods.state_dir.clone().unwrap_or_else(|| setup::default_state_dir(&env));
+    findings.extend(directories::look(state, Purpose::State).await);
+
+    match Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await {
+        Ok(kube) => {
+            findings.extend(credentials::look(&kube, &env, end.map(|end| end.at), now));
+            findings.extend(server::look(&kube, &name, &args.namespaces).await);
+        }
+        Err(error) => {
+            let text = error.to_string();
+            let text = text.strip_prefix("kubeconfig ").unwrap_or(&text);
+            findings.push(Finding::fail("kubeconfig", text, ""));
+            findings.push(Finding::warn(
+                "API server",
+                "neither it nor the rights were looked at, for want of a kubeconfig",
+                "",
+            ));
+        }
+    }
+    findings
+}
+
+/// A time span for people: whole seconds, and no more than the two largest units.
+fn span(duration: Duration) -> String {
+    let text = humantime::format_duration(Duration::from_secs(duration.as_secs())).to_string();
+    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_short() {
+        assert_eq!(span(Duration::from_millis(93_784_500)), "1day 2h");
+        assert_eq!(span(Duration::from_millis(500)), "0s");
+    }
 }

@@ -3,5 +3,6 @@
 pub mod allocation;
 pub mod check;
 pub mod clean;
+mod file_systems;
 pub mod play;
 pub mod run;

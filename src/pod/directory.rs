@@ -254,6 +254,18 @@ pub fn make_kept(kept: &Path) -> io::Result<()> {
 
 /// Removes kept files that are too old, then the oldest until the rest is small enough.
 pub fn prune_kept(root: &Path, now: SystemTime) {
+    for path in superfluous(root, now) {
+        let _ = fs::remove_file(&path);
+        if let Some(job) = path.parent() {
+            // Goes only when it is empty.
+            let _ = fs::remove_dir(job);
+        }
+    }
+}
+
+/// The kept files that [`prune_kept`] removes.
+#[must_use]
+pub fn superfluous(root: &Path, now: SystemTime) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for job in fs::read_dir(root).into_iter().flatten().flatten() {
         for file in fs::read_dir(job.path()).into_iter().flatten().flatten() {
@@ -263,13 +275,7 @@ pub fn prune_kept(root: &Path, now: SystemTime) {
             }
         }
     }
-    for path in too_much(found, now) {
-        let _ = fs::remove_file(&path);
-        if let Some(job) = path.parent() {
-            // Goes only when it is empty.
-            let _ = fs::remove_dir(job);
-        }
-    }
+    too_much(found, now)
 }
 
 /// Which of the files (time of change, bytes, path) go.

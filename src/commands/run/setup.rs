@@ -170,11 +170,15 @@ pub fn become_pilot() -> io::Result<()> {
 
 /// What survives a crash of the pilot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct PilotState {
+pub(in crate::commands) struct PilotState {
     version: u32,
     /// A name of this pilot that no other has.
     instance: String,
-    boot: String,
+    /// The boot in which it began.
+    pub boot: String,
+    /// Its guardian, which is there before the pilot and after each crash of it: `clean` asks whether it lives.
+    #[serde(default)]
+    pub guardian: Option<ProcessIdentity>,
     first_start: SystemTime,
     /// The time that was left at the first start, in seconds: the leads are a part of it.
     first_left: Option<u64>,
@@ -201,12 +205,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let home = env.get("HOME").map(PathBuf::from);
     let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
 
-    let site = args
-        .site
-        .clone()
-        .filter(|s| !s.is_empty())
-        .or_else(|| allocation.cluster.as_ref().map(|c| c.value.clone()));
-    let site = site.unwrap_or_else(|| "local".to_owned());
+    let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
     let state_root = args.pods.state_dir.clone().unwrap_or_else(|| default_state_dir(&env));
     let state_dir = state_root.join(&name);
@@ -295,7 +294,8 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
             ip,
             host: allocation.host.clone(),
             job: allocation.job_id.as_ref().map(|j| j.value.clone()),
-            process: this_process(),
+            // A crash of the pilot changes nothing about whose a directory is.
+            process: guardian_process(),
             mark,
         },
         places,
@@ -330,7 +330,15 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     Ok(Pilot { node, manager, context, tracker, timing, draining, kill_wait, state_dir, _holds: holds })
 }
 
-fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
+/// The label jiriaf.site: as set, else the batch cluster's name.
+pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> String {
+    let set = args.site.clone().filter(|site| !site.is_empty());
+    let site = set.or_else(|| allocation.cluster.as_ref().map(|cluster| cluster.value.clone()));
+    site.unwrap_or_else(|| "local".to_owned())
+}
+
+/// The Node's name: as set, else made of site, job and host.
+pub(in crate::commands) fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
     match args.node_name.as_deref().filter(|name| !name.is_empty()) {
         // Several tasks of a job may share a NODENAME that the job script exports.
         Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
@@ -384,7 +392,7 @@ fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
 }
 
 /// Keeps the port for the Node's own API. It is bound but not listened on, so nobody can connect.
-fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
+pub(in crate::commands) fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
     use std::os::fd::AsRawFd;
     if port == 0 {
@@ -434,6 +442,7 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         version: PILOT_STATE_VERSION,
         instance: instance(),
         boot: boot.clone(),
+        guardian: Some(guardian_process()),
         first_start: SystemTime::now(),
         first_left: None,
     };
@@ -451,6 +460,12 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(fresh()),
         Err(error) => Err(place("state directory", &path, &error, "choose another place with --state-dir")),
     }
+}
+
+/// The state of the pilot whose directory this is; none where there is none that can be read.
+pub(in crate::commands) fn read_state(state_dir: &Path) -> Option<PilotState> {
+    let bytes = fs::read(state_dir.join("pilot.json")).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), SetupError> {
@@ -471,7 +486,15 @@ pub(in crate::commands) fn instance() -> String {
 
 /// This process, as markers name it.
 pub(in crate::commands) fn this_process() -> ProcessIdentity {
-    let pid = nix::unistd::getpid().as_raw();
+    identity(nix::unistd::getpid().as_raw())
+}
+
+/// The guardian of this process, whose child it is.
+fn guardian_process() -> ProcessIdentity {
+    identity(nix::unistd::getppid().as_raw())
+}
+
+fn identity(pid: i32) -> ProcessIdentity {
     ProcessIdentity {
         pid,
         start: crate::container::process::start_time(pid).unwrap_or_default(),
@@ -479,7 +502,7 @@ pub(in crate::commands) fn this_process() -> ProcessIdentity {
     }
 }
 
-fn rfc3339(at: SystemTime) -> String {
+pub(in crate::commands) fn rfc3339(at: SystemTime) -> String {
     jiff::Timestamp::try_from(at)
         .and_then(|t| t.round(jiff::Unit::Second))
         .map_or_else(|_| "?".to_owned(), |t| t.to_string())

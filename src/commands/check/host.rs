@@ -1,0 +1,90 @@
+//! This host: the tools that are called, the port, and what the batch system granted.
+
+use std::time::{Duration, SystemTime};
+
+use super::finding::Finding;
+use super::span;
+use crate::allocation::{Allocation, BatchSystem, Deadline, Environment, TimeLimit, find_qstat};
+use crate::cli::RunArgs;
+use crate::commands::run::setup::take_port;
+use crate::drain::LEAST_TIME;
+
+/// Less memory than this (bytes) holds the pilot and a few supervisors, and no work.
+const LITTLE_MEMORY: u64 = 64 << 20;
+
+/// The programs that the pilot or nearly every pod calls.
+pub fn tools(env: &Environment, batch: BatchSystem) -> Vec<Finding> {
+    let unknown = "the job's limit is not followed when it changes, and may not be known at all";
+    let mut wanted = vec![("bash", env.find_program("bash"), "pods whose command is bash do not start")];
+    match batch {
+        BatchSystem::Slurm => {
+            wanted.push(("squeue", env.find_program("squeue"), unknown));
+            wanted.push(("scontrol", env.find_program("scontrol"), "KillWait is taken to be 30 s"));
+        }
+        BatchSystem::Pbs | BatchSystem::Torque => wanted.push(("qstat", find_qstat(env), unknown)),
+        BatchSystem::None => {}
+    }
+    let found = |(name, path, lack): (&str, Option<std::path::PathBuf>, &str)| match path {
+        Some(path) => Finding::ok("tools", path.display().to_string()),
+        None => Finding::warn("tools", format!("{name} is not in PATH: {lack}"), "add its directory to PATH"),
+    };
+    wanted.into_iter().map(found).collect()
+}
+
+/// The port for the Node's own API.
+pub fn port(args: &RunArgs) -> Finding {
+    match take_port(args.port) {
+        Ok(None) => Finding::ok("port", "none is asked for"),
+        Ok(Some(_)) => Finding::ok("port", format!("{} is free", args.port)),
+        Err(error) => Finding::fail("port", error.to_string(), ""),
+    }
+}
+
+/// What was granted, and whether it is enough.
+pub fn allocation(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemTime) -> Vec<Finding> {
+    let job = allocation.job_id.as_ref().map_or_else(
+        || "no batch job here: what a job would have is not looked at".to_owned(),
+        |job| format!("{} job {}", allocation.batch.label(), job.value),
+    );
+    let mut findings = vec![Finding::ok("allocation", format!("{job}, host {}", allocation.host))];
+    findings.push(time(allocation, deadline, now));
+    let (cpus, memory) = (allocation.cpus.value.len(), allocation.memory.value);
+    let granted =
+        format!("{cpus} CPUs, {} MiB of memory, {} GPUs", memory >> 20, allocation.gpus.value.len());
+    findings.push(if cpus == 0 || memory == 0 {
+        let value = format!("{granted}: not all could be learnt");
+        Finding::warn(
+            "allocation",
+            value,
+            "look at `jiriaf-pilot allocation`; pods that ask for it do not come",
+        )
+    } else if memory < LITTLE_MEMORY {
+        Finding::warn("allocation", format!("{granted}: that is little memory"), "ask for more")
+    } else {
+        Finding::ok("allocation", granted)
+    });
+    findings
+}
+
+fn time(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemTime) -> Finding {
+    let set = "ask for a time limit, or set --walltime (JIRIAF_WALLTIME)";
+    match (deadline, &allocation.limit.value) {
+        (Some(deadline), _) => {
+            let left = deadline.at.duration_since(now).unwrap_or(Duration::ZERO);
+            let value = format!("{} left by {}", span(left), deadline.source);
+            if left < LEAST_TIME {
+                let value = format!("{value}: a pilot needs {} s", LEAST_TIME.as_secs());
+                Finding::fail("walltime", value, "ask for more walltime")
+            } else {
+                Finding::ok("walltime", value)
+            }
+        }
+        (None, TimeLimit::Unknown(reason)) => {
+            Finding::warn("walltime", format!("the job's end cannot be learnt: {reason}"), set)
+        }
+        (None, _) if allocation.batch == BatchSystem::None => {
+            Finding::ok("walltime", "no limit: the pilot runs until it is told to end")
+        }
+        (None, _) => Finding::ok("walltime", "the job has no limit"),
+    }
+}
