@@ -10,6 +10,7 @@ use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
@@ -40,6 +41,9 @@ const GIVE_UP_GRACE: Duration = Duration::from_secs(5);
 
 /// How often the guardian looks at children that nobody knows, while there are such.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// What process lists show.
+const NAME: &str = "jiriaf-pilot";
 
 /// Set for a pilot that is started again, to the number of restarts.
 pub const RESTARTED: &str = "JIRIAF_RESTARTED";
@@ -304,6 +308,7 @@ fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pi
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut command = Command::new(program);
+    command.arg0(NAME);
     command.args(arguments).stdin(Stdio::from(OwnedFd::from(theirs)));
     if restarts > 0 {
         command.env(RESTARTED, restarts.to_string());

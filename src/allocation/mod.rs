@@ -256,7 +256,7 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
     };
     let limit = match answer {
         Ok(answer) => Fact::new(answer.limit, answer.source),
-        Err(error) => Fact::new(TimeLimit::Unknown(error.to_string()), "nothing"),
+        Err(error) => Fact::new(TimeLimit::Unknown(error.to_string()), "not learnt"),
     };
     Allocation {
         asked: batch == BatchSystem::None || by_command(&limit.source),

@@ -36,32 +36,36 @@ pub(super) async fn ask(
     torque: bool,
     limit: Duration,
 ) -> Result<(QstatJob, SystemTime), AskError> {
-    let qstat = find_qstat(env).ok_or_else(|| CommandError::NotFound {
-        program: "qstat".to_owned(),
-        path: format!(
-            "PBS_EXEC of {}, PATH {}, PBS_O_PATH {}",
-            configuration(env).display(),
-            env.get("PATH").unwrap_or("not set"),
-            env.get("PBS_O_PATH").unwrap_or("not set"),
-        ),
-    })?;
+    let searched = env.clone();
+    let locate = move || {
+        find_qstat(&searched).ok_or_else(|| CommandError::NotFound {
+            program: "qstat".to_owned(),
+            path: format!(
+                "PBS_EXEC of {}, PATH {}, PBS_O_PATH {}",
+                configuration(&searched).display(),
+                searched.get("PATH").unwrap_or("not set"),
+                searched.get("PBS_O_PATH").unwrap_or("not set"),
+            ),
+        })
+    };
     // qstat prints times in its caller's time zone, without saying which.
-    let program = || Program::at(&qstat, env).set("TZ", "UTC");
+    let mut program = Program::located("qstat", env, locate).set("TZ", "UTC");
     let not_known = |reason| AskError::NotKnown { command: "qstat", job: job.to_owned(), reason };
     let mut broken = None;
 
     let asked = whole_seconds(SystemTime::now());
     if !torque {
-        let output = program().args(["-f", "-F", "json", job]).run(limit).await?;
+        let output = program.args(["-f", "-F", "json", job]).run(limit).await?;
         match parse_json(&output.stdout, job) {
             Json::Job(job) => return Ok((QstatJob(job), asked)),
             // Unknown (153), finished (35), or the server cannot be reached (255): standard error says which.
             Json::NoJob => return Err(not_known(output.reason())),
             Json::Broken(why) => broken = Some(why),
         }
+        program = Program::at(&output.program, env).set("TZ", "UTC");
     }
     let asked = whole_seconds(SystemTime::now());
-    let output = program().args(["-f", job]).run(limit).await?;
+    let output = program.args(["-f", job]).run(limit).await?;
     if let Some(job) = parse_text(&output.stdout, job) {
         return Ok((QstatJob(job), asked));
     }
@@ -152,7 +156,10 @@ impl QstatJob {
     fn grant(&self, hostname: &str, number: usize) -> Grant {
         let hosts = self.hosts();
         let short = |name: &str| name.split('.').next().unwrap_or(name).to_ascii_lowercase();
-        let this = hosts.iter().find(|host| short(host) == short(hostname)).or_else(|| hosts.get(number));
+        let named = hosts.iter().find(|host| short(host) == short(hostname));
+        let only = if hosts.len() == 1 { hosts.first() } else { None };
+        // PBS's name for a host may differ from its own.
+        let this = named.or(only).or_else(|| hosts.get(number));
         let chunk_hosts: Vec<String> = self.get("exec_host").into_iter().flat_map(exec_hosts).collect();
         let chunks = self.get("exec_vnode").map(parse_exec_vnode).unwrap_or_default();
         // The two lists go side by side, a chunk to a host (pbs_job_attributes(7B)).

@@ -46,6 +46,21 @@ fn no_walltime_is_no_limit() {
 }
 
 #[test]
+fn every_recorded_walltime_and_size_is_read() {
+    let recorded = recorded("formats/resource_list.txt");
+    let values = |name: &str| -> Vec<String> {
+        let key = format!("'{name}': '");
+        let values = recorded.split(&key).skip(1).filter_map(|rest| rest.split('\'').next());
+        values.map(str::to_owned).collect()
+    };
+    let seconds = |text: &String| parse_pbs_time(text).unwrap().as_secs();
+    let walltimes: Vec<_> = values("walltime").iter().map(seconds).collect();
+    assert_eq!(walltimes, [90, 90_061, 360_000, 360_000, 5400]);
+    let sizes: Vec<_> = values("mem").iter().map(|text| parse_pbs_size(text).unwrap()).collect();
+    assert_eq!(sizes, [2 << 30, 2 << 30, 1 << 20, 1 << 40]);
+}
+
+#[test]
 fn a_job_that_waits_has_no_end() {
     let job = QstatJob(json("states/qstat-f-Q.json", "47.pbshost"));
     let error = job.answer(far(), far()).unwrap_err().to_string();

@@ -134,6 +134,7 @@ pub(super) mod tests {
             ("states/qstat-f-Q", "47.pbshost"),
             ("rerun/qstat-f", "12.pbshost"),
             ("quirks/qstat-f.55.pbshost", "55.pbshost"),
+            ("qstat-x-f-walltime", "only"),
         ] {
             let json = json(&format!("{name}.json"), id);
             let text = parse_text(&recorded(&format!("{name}.txt")), id).unwrap();

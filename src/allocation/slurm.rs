@@ -15,6 +15,9 @@ const UNLIMITED: Duration = Duration::from_secs(364 * 86_400);
 /// The most host names that a node list is expanded to: a typing error such as `n[0-999999999]` must not fill the memory.
 const MAX_HOSTS: usize = 65_536;
 
+/// An end is only taken for earlier than the limit when it differs by more than what rounding explains.
+const ROUNDING: Duration = Duration::from_secs(5);
+
 /// What `squeue -o %L` prints (squeue(1), TimeLeft).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeLeft {
@@ -43,13 +46,26 @@ pub fn parse_time_left(text: &str) -> Result<TimeLeft, ParseError> {
     }
 }
 
-/// The time left of this job in the answer of `squeue -h -o '%A %L'`. Arrays and heterogeneous jobs answer several
-/// lines, with different limits.
-fn line_of<'a>(answer: &'a str, job: &str) -> Option<&'a str> {
+/// What squeue is asked for: the job's own id, the time left of its limit, and, for a preemption, its end, its start and
+/// the time used.
+const FORMAT: &str = "%A %L %e %S %M";
+
+/// The fields after this job's id in squeue's answer. Arrays and heterogeneous jobs answer several lines, with
+/// different limits.
+fn line_of<'a>(answer: &'a str, job: &str) -> Option<Vec<&'a str>> {
     answer.lines().find_map(|line| {
-        let (id, left) = line.trim().split_once(char::is_whitespace)?;
-        (id == job).then(|| left.trim())
+        let mut fields = line.split_whitespace();
+        (fields.next() == Some(job)).then(|| fields.collect())
     })
+}
+
+/// What is left until the job's end rather than its limit: `(end - start) - used`. A preemption with a GraceTime moves
+/// the end alone and leaves %L as it was. Only differences count, since squeue prints local times without a zone.
+fn left_until_end(fields: &[&str]) -> Option<Duration> {
+    let [end, start, used] = fields else { return None };
+    let moment = |text: &str| text.parse::<jiff::civil::DateTime>().ok();
+    let total = moment(end)?.duration_since(moment(start)?);
+    Some(Duration::try_from(total).ok()?.saturating_sub(parse_clock(used, Fields::Lenient)?))
 }
 
 /// Asks squeue how much time is left.
@@ -58,10 +74,10 @@ fn line_of<'a>(answer: &'a str, job: &str) -> Option<&'a str> {
 /// See [`AskError`].
 pub(super) async fn ask(env: &Environment, job: &str, limit: Duration) -> Result<Answer, AskError> {
     let asked = whole_seconds(SystemTime::now());
-    let output = Program::find("squeue", env)?
-        .args(["-h", "-j", job, "-o", "%A %L"])
+    let output = Program::find("squeue", env)
+        .args(["-h", "-j", job, "-o", FORMAT])
         // Each of these changes what squeue answers, or whom it asks.
-        .without(env, |name| {
+        .without(|name| {
             name.starts_with("SQUEUE_") || name == "SLURM_TIME_FORMAT" || name == "SLURM_CLUSTERS"
         })
         .run(limit)
@@ -72,7 +88,8 @@ pub(super) async fn ask(env: &Environment, job: &str, limit: Duration) -> Result
 
 /// What squeue's answer means, when it was asked at `asked` (whole seconds).
 fn answer(stdout: &str, job: &str, asked: SystemTime) -> Result<Answer, AskError> {
-    let Some(left) = line_of(stdout, job) else {
+    let fields = line_of(stdout, job);
+    let Some((left, rest)) = fields.as_deref().and_then(|fields| fields.split_first()) else {
         let reason = match stdout.lines().next() {
             Some(line) => format!("its first line is `{}`", line.chars().take(80).collect::<String>()),
             None => "it answers nothing".to_owned(),
@@ -80,21 +97,23 @@ fn answer(stdout: &str, job: &str, asked: SystemTime) -> Result<Answer, AskError
         return Err(AskError::NotKnown { command: "squeue", job: job.to_owned(), reason });
     };
     let unreadable = |what| AskError::Unreadable { command: "squeue", job: job.to_owned(), what };
-    let limit = match parse_time_left(left).map_err(|error| unreadable(error.to_string()))? {
-        TimeLeft::Left(left) => asked
-            .checked_add(left)
-            .map(TimeLimit::Ends)
-            .ok_or_else(|| unreadable(format!("`{}` s are left", left.as_secs())))?,
-        TimeLeft::Unlimited => TimeLimit::Unlimited,
+    let (left, source) = match parse_time_left(left).map_err(|error| unreadable(error.to_string()))? {
+        TimeLeft::Left(left) => match left_until_end(rest) {
+            Some(sooner) if sooner + ROUNDING < left => {
+                (sooner, "squeue %e, earlier than the limit: preempted")
+            }
+            _ => (left, "squeue %L"),
+        },
+        TimeLeft::Unlimited => {
+            return Ok(Answer { limit: TimeLimit::Unlimited, source: "squeue %L".to_owned() });
+        }
         TimeLeft::NotSet | TimeLeft::Invalid => {
-            return Err(AskError::NoLimit {
-                command: "squeue",
-                job: job.to_owned(),
-                answer: left.to_owned(),
-            });
+            let answer = (*left).to_owned();
+            return Err(AskError::NoLimit { command: "squeue", job: job.to_owned(), answer });
         }
     };
-    Ok(Answer { limit, source: "squeue %L".to_owned() })
+    let end = asked.checked_add(left).ok_or_else(|| unreadable(format!("{} s are left", left.as_secs())))?;
+    Ok(Answer { limit: TimeLimit::Ends(end), source: source.to_owned() })
 }
 
 /// The limit that the environment tells: Slurm 23.02 and later write SLURM_JOB_END_TIME when the step is launched
@@ -238,9 +257,9 @@ fn expand_ranges(ranges: &str, room: usize) -> Option<Vec<String>> {
 /// # Errors
 /// See [`AskError`].
 pub(super) async fn ask_kill_wait(env: &Environment, limit: Duration) -> Result<Duration, AskError> {
-    let output = Program::find("scontrol", env)?
+    let output = Program::find("scontrol", env)
         .args(["show", "config"])
-        .without(env, |name| name == "SLURM_CLUSTERS")
+        .without(|name| name == "SLURM_CLUSTERS")
         .run(limit)
         .await?
         .success()?;
@@ -308,11 +327,41 @@ mod tests {
         assert!(matches!(answer("12 soon", "12", at(1000)), Err(AskError::Unreadable { .. })));
     }
 
+    #[test]
+    fn a_preemption_ends_the_job_before_its_limit() {
+        let ends = |line: &str| match answer(line, "5", at(1000)).unwrap() {
+            Answer { limit: TimeLimit::Ends(end), source } => {
+                (end.duration_since(at(1000)).unwrap().as_secs(), source.contains("preempted"))
+            }
+            other => panic!("{other:?}"),
+        };
+        let table = [
+            // As Slurm 22.05 answered: a limit of an hour, preempted with a GraceTime of 100 s.
+            ("5 59:49 2026-11-24T11:05:37 2026-11-24T11:03:50 0:11", (96, true)),
+            // The same without a preemption, and after a suspension, which moves the end.
+            ("5 59:49 2026-11-24T12:03:50 2026-11-24T11:03:50 0:11", (3589, false)),
+            ("5 59:49 2026-11-24T12:13:50 2026-11-24T11:03:50 0:11", (3589, false)),
+            ("5 59:49 2026-11-24T12:03:48 2026-11-24T11:03:50 0:11", (3589, false)),
+            // An end that is over.
+            ("5 59:49 2026-11-24T11:04:00 2026-11-24T11:03:50 0:11", (0, true)),
+            // What cannot be read does not count.
+            ("5 59:49 N/A 2026-11-24T11:03:50 0:11", (3589, false)),
+            ("5 59:49 Tue 24 N/A", (3589, false)),
+            ("5 59:49 2026-11-24T10:04:00 2026-11-24T11:03:50 0:11", (3589, false)),
+            ("5 59:49", (3589, false)),
+        ];
+        for (line, expected) in table {
+            assert_eq!(ends(line), expected, "{line}");
+        }
+        let unlimited = "5 UNLIMITED NONE 2026-11-24T11:03:50 0:11";
+        assert_eq!(answer(unlimited, "5", at(0)).unwrap().limit, TimeLimit::Unlimited);
+    }
+
     #[tokio::test]
     async fn squeue_is_asked_without_what_would_change_its_answer() {
         let stand_in = StandIn::new().script(
             "squeue",
-            r#"[ "$*" = "-h -j 7 -o %A %L" ] || { echo "$*" >&2; exit 1; }
+            r#"[ "$*" = "-h -j 7 -o %A %L %e %S %M" ] || { echo "$*" >&2; exit 1; }
             [ -z "$SQUEUE_FORMAT$SQUEUE_STATES$SLURM_TIME_FORMAT$SLURM_CLUSTERS" ] || exit 2
             [ "$SLURM_CONF" = /etc/other.conf ] || exit 3
             echo "7 30:00""#,
@@ -415,7 +464,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_makes_a_parser_panic(text in "[0-9A-Z:\\-\\[\\], \\n]{0,60}", any in ".{0,40}") {
+        fn no_answer_makes_a_parser_panic(
+            text in "[0-9A-Z:\\-\\[\\], \\n]{0,60}", any in ".{0,40}",
+            line in "1 [0-9:-]{1,9} [0-9]{1,5}-[0-9]{2}-[0-9]{2}T[0-9:]{8} -?[0-9]{4,6}-1[0-2]-0[1-9]T1[0-9]:00:00 [0-9:-]{1,12}",
+        ) {
+            let _ = answer(&line, "1", UNIX_EPOCH);
             for text in [&text, &any] {
                 let _ = parse_time_left(text);
                 let _ = answer(text, "1", UNIX_EPOCH);

@@ -26,6 +26,9 @@ const TICK: Duration = Duration::from_secs(5);
 /// in one second.
 const SPACING: Duration = Duration::from_secs(1);
 
+/// A poll interval is never shorter, whatever a setting says: nothing may spin.
+const SHORTEST_POLL: Duration = Duration::from_millis(50);
+
 /// How many may wait for an answer at a time: the drain and the pilot's own settings are two.
 const MAX_WAITING: usize = 16;
 
@@ -156,7 +159,7 @@ impl Tracker {
             rank,
             nodes: allocation.task.nodes,
             seed: seed(job, &allocation.host, rank),
-            poll: settings.poll,
+            poll: settings.poll.max(SHORTEST_POLL),
         };
         if let super::TimeLimit::Unknown(reason) = &allocation.limit.value {
             warn_lost(reason, known.deadline().as_ref());
@@ -170,9 +173,10 @@ impl Tracker {
     async fn follow(mut self, asked: bool) {
         let nobody = self.question == Question::Nobody;
         let mut count = 0;
-        // A variable may be older than the limit: of a pilot that was restarted, or of a job whose limit was changed.
-        let soon = u32::from(!asked);
-        let mut next = Instant::now() + self.delay(count, self.known.failures().max(soon));
+        // A variable may be older than the limit (a pilot that was restarted, a job whose limit was changed since), and
+        // an unknown limit is wanted: as soon as after a question without an answer.
+        let first = if asked { self.delay(count, 0) } else { next_delay(&self.pace, count, 1, None) };
+        let mut next = Instant::now() + first;
         let mut last_asked: Option<Instant> = None;
         let mut asking: Option<Asking> = None;
         // Those who wait for the question that is under way, and those who came after it was put.
@@ -205,10 +209,14 @@ impl Tracker {
                 _ = tick.tick() => {
                     let now = SystemTime::now();
                     let gap = clock_gap(before, now, TICK);
-                    before = now;
                     if gap {
-                        info!("the clock jumped: the host was suspended, this process was stopped, or the clock was set");
+                        info!(
+                            from = report::format_time(before),
+                            to = report::format_time(now),
+                            "the clock jumped: the host was suspended, this process was stopped, or the clock was set"
+                        );
                     }
+                    before = now;
                     gap
                 }
                 () = self.shared.wake.notified() => {
@@ -326,7 +334,7 @@ mod tests {
 
     fn tell(stand_in: &StandIn, left: &str) {
         let (new, file) = (stand_in.path().join("new"), stand_in.path().join("left"));
-        std::fs::write(&new, left).unwrap();
+        std::fs::write(&new, format!("{left}\n")).unwrap();
         std::fs::rename(new, file).unwrap();
     }
 
@@ -405,6 +413,23 @@ mod tests {
         let told = handle.ask_and_wait(Duration::from_millis(300)).await;
         assert!((80..=90).contains(&left(told.as_ref())));
         assert!(began.elapsed() < Duration::from_secs(2));
+    }
+
+    #[tokio::test]
+    async fn a_question_that_was_under_way_is_not_the_answer() {
+        let (stand_in, env, allocation) = job("10:00").await;
+        // The answer is what was true when it was asked.
+        stand_in.rewrite(
+            "squeue",
+            r#"cd "$(dirname "$0")"; read -r left <left; touch asked; sleep 0.5; echo "7 $left""#,
+        );
+        let (_channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
+        handle.ask_now();
+        while !stand_in.path().join("asked").exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tell(&stand_in, "01:00");
+        assert!(left(handle.ask_and_wait(Duration::from_secs(10)).await.as_ref()) <= 60);
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -103,6 +104,7 @@ impl Supervisors {
         files::private_dir(&directory).map_err(|error| fail(&directory, io::Error::other(error)))?;
         let (ours, theirs) = StdStream::pair().map_err(|error| fail(&directory, error))?;
         let child = Command::new(&self.executable)
+            .arg0("jiriaf-pilot")
             .arg("supervise")
             .arg(&directory)
             .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{ChildStderr, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -500,6 +501,7 @@ fn start_error(running: &Running) -> Option<StartError> {
 fn spawn(spec: &ContainerSpec) -> io::Result<Running> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new("/proc/self/exe")
+        .arg0("jiriaf-pilot")
         .arg("launch")
         .env_clear()
         .envs(spec.env.iter().map(|(name, value)| (name, value)))

@@ -140,7 +140,8 @@ pub async fn register(
     let published = inner.register().await?;
     // The sign of life comes before the first pod: without it the node controller taints the Node.
     let mut lease = LeaseKeeper::new(inner.client.clone(), &inner.config.name);
-    if let Err(error) = inner.call("making the Lease", lease.renew(&inner.lock().uid.clone())).await {
+    let uid = inner.lock().uid.clone();
+    if let Err(error) = inner.call("making the Lease", lease.renew(&uid)).await {
         tracing::warn!(%error, "the Lease is not made yet; it is tried again");
     }
     upkeep::spawn(&inner, lease, published);

@@ -274,7 +274,7 @@ pub fn prune_kept(root: &Path, now: SystemTime) {
 
 /// Which of the files (time of change, bytes, path) go.
 fn too_much(mut files: Vec<(SystemTime, u64, PathBuf)>, now: SystemTime) -> Vec<PathBuf> {
-    files.sort_by(|a, b| b.0.cmp(&a.0));
+    files.sort_by_key(|file| std::cmp::Reverse(file.0));
     let mut total = 0u64;
     let mut gone = Vec::new();
     for (changed, bytes, path) in files {

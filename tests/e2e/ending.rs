@@ -1,6 +1,6 @@
 //! The allocation's end, as Slurm makes it.
 
-use crate::harness::{Namespace, Options, Pilot, condition, read, seconds, wait_until};
+use crate::harness::{Namespace, Options, Pilot, condition, read, seconds, slurm, wait_until};
 
 #[test]
 fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
@@ -27,4 +27,21 @@ fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
     wait_until("the lease is gone", seconds(5), || pilot.lease().is_none());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
     assert!(pilot.output().contains("Terminated"), "the table names how the pod ended:\n{}", pilot.output());
+}
+
+#[test]
+fn a_requeued_job_comes_back_with_another_node_name() {
+    let mut pilot = Pilot::sbatch(Options::new("requeue").arg("--requeue"));
+    let first = pilot.node.clone();
+    slurm(&["scontrol", "requeue", &pilot.job.unwrap().to_string()]);
+    wait_until("the first node is gone", seconds(40), || {
+        pilot.nodes().iter().all(|node| node["metadata"]["name"] != first.as_str())
+    });
+    // Slurm lets a requeued job wait for a while.
+    wait_until("the job runs again", seconds(240), || {
+        let state = pilot.job_state();
+        state.state() == "RUNNING" && state.field("Restarts") == "1"
+    });
+    pilot.wait_ready(1);
+    assert_ne!(pilot.node, first);
 }

@@ -5,10 +5,12 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod crash;
 mod deletion;
 mod ending;
 mod privacy;
 mod scripts;
 mod seed;
 mod status;
+mod volumes;
 mod walltime;

@@ -57,16 +57,12 @@ pub struct Pilot {
     pub draining: watch::Sender<bool>,
     /// Between the batch system's SIGTERM and its SIGKILL.
     pub kill_wait: Duration,
-    /// The guardian.
-    pub link: Arc<GuardianLink>,
-    /// This pilot's directory.
-    pub state_dir: PathBuf,
     /// Held while the pilot lives.
-    pub holds: Holds,
+    _holds: Holds,
 }
 
 /// What is held only so that nobody else takes it.
-pub struct Holds {
+struct Holds {
     _lock: Flock<File>,
     _port: Option<OwnedFd>,
 }
@@ -322,18 +318,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     });
     tracing::info!(node = name, "Node registered; pods are taken");
     let holds = Holds { _lock: lock, _port: port };
-    Ok(Pilot {
-        node,
-        manager,
-        context,
-        tracker,
-        timing,
-        draining: draining_tx,
-        kill_wait,
-        link,
-        state_dir,
-        holds,
-    })
+    Ok(Pilot { node, manager, context, tracker, timing, draining: draining_tx, kill_wait, _holds: holds })
 }
 
 fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
@@ -341,12 +326,19 @@ fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
         // Several tasks of a job may share a NODENAME that the job script exports.
         Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
         Some(name) => name.to_owned(),
-        None => node::labels::node_name(
-            site,
-            allocation.job_id.as_ref().map(|j| j.value.as_str()),
-            allocation.restart_count,
-            &allocation.host,
-        ),
+        None => {
+            let job = allocation.job_id.as_ref().map(|j| j.value.as_str());
+            // Slurm names each of a job's hosts; PBS does not tell a task its host's name, and two of its hosts may be one.
+            let pbs = matches!(allocation.batch, BatchSystem::Pbs | BatchSystem::Torque);
+            let rank = (pbs && allocation.task.rank > 0)
+                .then(|| format!("{}-{}", allocation.host, allocation.task.rank));
+            node::labels::node_name(
+                site,
+                job,
+                allocation.restart_count,
+                rank.as_deref().unwrap_or(&allocation.host),
+            )
+        }
     }
 }
 

@@ -3,29 +3,31 @@
 //! [`spawn`] starts a worker; [`Command`]s come from the manager, [`Note`]s go back to it. The worker is one loop: it
 //! waits for whatever comes next, changes its containers' states, and publishes the status that follows from them.
 
+mod happen;
 mod prepare;
+mod report;
 mod run;
+mod start;
+mod state;
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use self::prepare::{PrepareError, Prepared};
+use self::prepare::{Attempt, PrepareError};
 use self::run::{Order, Told};
-use super::backoff::{self, BackOff, Next};
+use self::state::waiting;
+use super::backoff::BackOff;
 use super::context::Context;
-use super::directory;
 use super::events::Kind;
 use super::outcome::Outcome;
 use super::publisher::Publisher;
-use super::record::{ContainerRecord, Record};
-use super::status::{self, ContainerRuntime, Ending, State, StatusInput, Terminated, container_id};
-use crate::container::{ContainerId, ContainerSpec, End, Event, Supervisor};
+use super::record::Record;
+use super::status::State;
+use crate::container::{ContainerId, Supervisor};
 
 /// Commands that may wait for a worker. The manager only ever sends the newest copy of a pod.
 const COMMANDS: usize = 16;
@@ -119,7 +121,7 @@ struct Container {
     back_off: BackOff,
 }
 
-type Preparing = tokio::task::JoinHandle<Result<Prepared, PrepareError>>;
+type Preparing = tokio::task::JoinHandle<Attempt>;
 
 struct Worker {
     context: Arc<Context>,
@@ -132,7 +134,6 @@ struct Worker {
     publisher: Publisher,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
-    prepared: Option<Prepared>,
     /// Supervisors that were started while the pod was being prepared.
     ready: Vec<Option<Supervisor>>,
     prepare_at: Option<Instant>,
@@ -176,7 +177,6 @@ impl Worker {
             publisher,
             stop: None,
             preparing: None,
-            prepared: None,
             ready,
             prepare_at: None,
             prepare_delay: PREPARE_FIRST,
@@ -204,7 +204,7 @@ impl Worker {
                     None => return,
                 },
                 Some(told) = self.told.recv() => self.on_told(told),
-                result = join(&mut self.preparing) => self.on_prepared(result),
+                attempt = join(&mut self.preparing) => self.on_prepared(attempt),
                 () = self.publisher.changed() => {}
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,
             }
@@ -212,497 +212,6 @@ impl Worker {
         self.clear_away().await;
         let _ = self.notes.send(Note::Finished(self.record.uid().to_owned())).await;
     }
-
-    // ---- beginning -------------------------------------------------------------------------------------------
-
-    fn begin(&mut self, start: Start) {
-        let names: Vec<String> = self.containers.iter().map(|c| c.name.clone()).collect();
-        for name in names {
-            self.record.containers.entry(name).or_default();
-        }
-        match start {
-            Start::Fresh => {
-                self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
-                self.prepare(true);
-            }
-            Start::Resumed(supervisors) => self.resume(supervisors),
-        }
-        if self.record.pod.metadata.deletion_timestamp.is_some() {
-            self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
-        }
-    }
-
-    /// Takes up a pod of before the crash: what still has a supervisor goes on, what lost it is lost.
-    fn resume(&mut self, supervisors: Vec<(ContainerId, Supervisor)>) {
-        for (id, supervisor) in supervisors {
-            let index = self.containers.iter().position(|c| c.name == id.name);
-            let current = self.record.containers.get(&id.name).map(|c| c.restart);
-            match index {
-                Some(index) if current == Some(id.restart) => self.follow(index, supervisor, None),
-                // A run that was already over when the pilot crashed; dropping the supervisor ends it.
-                _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
-            }
-        }
-        let uid = self.record.uid().to_owned();
-        let mut unprepared = false;
-        for index in 0..self.containers.len() {
-            let container = &self.containers[index];
-            let Some(record) = self.record.containers.get_mut(&container.name) else { continue };
-            if container.run.is_some() || is_over(&record.state) {
-                continue;
-            }
-            if record.launched {
-                let message = "the container's supervisor was gone when the pilot came back after a crash";
-                let id = container_id(&uid, &container.name, record.restart);
-                record.state = unknown_end("ContainerStatusUnknown", message, record, id);
-                record.launched = false;
-                self.after_end(index);
-            } else {
-                unprepared = true;
-            }
-        }
-        if unprepared && self.record.last_status.is_none() {
-            self.prepare(false);
-        }
-        for index in 0..self.containers.len() {
-            let container = &self.containers[index];
-            let state = self.record.containers.get(&container.name).map(|c| &c.state);
-            if container.run.is_none() && container.restart_at.is_none() && state.is_some_and(is_over) {
-                self.after_end(index);
-            }
-        }
-    }
-
-    /// Starts the reading of the pod's objects, its directory and volumes; and, on the way, its supervisors.
-    fn prepare(&mut self, with_supervisors: bool) {
-        self.prepare_at = None;
-        if with_supervisors {
-            for index in 0..self.containers.len() {
-                self.ready[index] = self.spawn_supervisor(index);
-            }
-        }
-        let context = Arc::clone(&self.context);
-        let pod = self.record.pod.clone();
-        let directory = self.record.directory.clone();
-        self.preparing = Some(tokio::spawn(async move { prepare::prepare(&context, &pod, directory).await }));
-    }
-
-    fn spawn_supervisor(&mut self, index: usize) -> Option<Supervisor> {
-        let name = &self.containers[index].name;
-        let restart = self.record.containers.get(name).map_or(0, |c| c.restart);
-        let id = ContainerId { pod_uid: self.record.uid().to_owned(), name: name.clone(), restart };
-        match self.context.supervisors.spawn(id) {
-            Ok(supervisor) => Some(supervisor),
-            Err(error) => {
-                self.complain("FailedCreate", &format!("no supervisor could be started: {error}"));
-                None
-            }
-        }
-    }
-
-    // ---- what happens ----------------------------------------------------------------------------------------
-
-    fn on_command(&mut self, command: Command) {
-        match command {
-            Command::Update(pod) => {
-                let image_changed = images(&self.record.pod) != images(&pod);
-                self.record.pod = *pod;
-                if self.record.pod.metadata.deletion_timestamp.is_some() {
-                    self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
-                } else if image_changed && self.stop.is_none() && self.has_waiting() {
-                    self.prepare(false);
-                }
-            }
-            Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
-            Command::Shutdown(grace) => {
-                let own = self.record.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
-                let own = own.map_or(DEFAULT_GRACE, |s| Duration::from_secs(u64::try_from(s).unwrap_or(0)));
-                self.stop_for(Why::Shutdown, grace.min(own));
-            }
-        }
-    }
-
-    fn on_prepared(&mut self, result: Result<Prepared, PrepareError>) {
-        self.preparing = None;
-        if self.stop.is_some() {
-            return;
-        }
-        match result {
-            Ok(prepared) => {
-                self.complaint = None;
-                self.prepare_delay = PREPARE_FIRST;
-                self.record.directory = Some(prepared.directory.clone());
-                for note in &prepared.notes {
-                    self.context.events.record(
-                        &self.record.pod,
-                        None,
-                        Kind::Warning,
-                        "FailedToRetrieveToken",
-                        note,
-                    );
-                }
-                self.prepared = Some(prepared);
-                for index in 0..self.containers.len() {
-                    let name = &self.containers[index].name;
-                    let waits = self.record.containers.get(name).is_some_and(|c| !is_over(&c.state));
-                    if waits
-                        && self.containers[index].run.is_none()
-                        && self.containers[index].restart_at.is_none()
-                    {
-                        self.start(index);
-                    }
-                }
-            }
-            Err(error) => {
-                // A supervisor without work would only hold memory.
-                self.ready.iter_mut().for_each(|ready| *ready = None);
-                self.complain(error.reason(), &error.to_string());
-                for container in self.record.containers.values_mut() {
-                    if !container.launched && !is_over(&container.state) && container.restart == 0 {
-                        // kubelet says why in an event, and leaves the container's own message empty.
-                        container.state = waiting("ContainerCreating", "");
-                    }
-                }
-                self.announce_at = None;
-                self.prepare_at = Some(Instant::now() + self.prepare_delay);
-                self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
-            }
-        }
-    }
-
-    /// Starts the run that the record names; what it needs is prepared.
-    fn start(&mut self, index: usize) {
-        let name = self.containers[index].name.clone();
-        let Some(prepared) = &self.prepared else { return };
-        let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
-        let spec = match prepare::spec(&self.context, &self.record.pod, index, restart, prepared) {
-            Ok(spec) => spec,
-            Err(error) => {
-                self.ready[index] = None;
-                self.complain("Failed", &format!("Error: {error}"));
-                self.set_waiting(&name, error.reason(), &error.to_string());
-                self.announce_at = None;
-                if error.may_pass() {
-                    self.prepare_at = Some(Instant::now() + self.prepare_delay);
-                    self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
-                }
-                return;
-            }
-        };
-        let Some(supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
-            self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
-            self.prepare_at = Some(Instant::now() + self.prepare_delay);
-            self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
-            return;
-        };
-        if let Some(record) = self.record.containers.get_mut(&name) {
-            record.launched = true;
-            record.log_lines_lost = 0;
-        }
-        if let Err(error) = self.context.records.save(&self.record) {
-            // What is not recorded must not start: after a crash nobody would know of it.
-            let message = format!("the pilot's state cannot be written: {error}; make room in --state-dir");
-            if let Some(record) = self.record.containers.get_mut(&name) {
-                record.launched = false;
-            }
-            self.complain("FailedCreate", &message);
-            self.set_waiting(&name, "CreateContainerError", &message);
-            self.prepare_at = Some(Instant::now() + PREPARE_MOST);
-            return;
-        }
-        self.follow(index, supervisor, Some(spec));
-    }
-
-    fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
-        let name = self.containers[index].name.clone();
-        let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
-        let pod = self.record.pod.metadata.name.clone().unwrap_or_default();
-        let told = self.told_tx.clone();
-        let orders =
-            run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), spec, told);
-        self.containers[index].run = Some(orders);
-    }
-
-    fn on_told(&mut self, (index, restart, event): Told) {
-        let name = self.containers[index].name.clone();
-        let id = container_id(self.record.uid(), &name, restart);
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
-        if record.restart != restart {
-            return;
-        }
-        let (state, kind, reason, message) = match event {
-            Event::Started { at, .. } => {
-                record.state = State::Running { started_at: timestamp(at), id };
-                self.announce_at = None;
-                let message = format!("Started container {name}");
-                self.context.events.record(&self.record.pod, Some(&name), Kind::Normal, "Started", &message);
-                return;
-            }
-            Event::Ended(end) => {
-                record.log_lines_lost = end.log_lines_lost;
-                let why =
-                    end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
-                let lost =
-                    format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
-                (
-                    State::Terminated(terminated(&end, id)),
-                    Kind::Warning,
-                    "LogLinesLost",
-                    Some(lost).filter(|_| end.log_lines_lost > 0),
-                )
-            }
-            Event::StartFailed(error) => {
-                let mut state = unknown_end("StartError", &error.to_string(), record, id);
-                if let State::Terminated(ended) = &mut state {
-                    ended.exit_code = error.exit_code();
-                }
-                (state, Kind::Warning, "Failed", Some(format!("Error: {error}")))
-            }
-            Event::Lost { message } => (
-                unknown_end("SupervisorLost", &message, record, id),
-                Kind::Warning,
-                "SupervisorLost",
-                Some(message),
-            ),
-            Event::Output { .. } => return,
-        };
-        record.state = state;
-        if let Some(message) = message {
-            self.context.events.record(&self.record.pod, Some(&name), kind, reason, &message);
-        }
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
-        record.launched = false;
-        self.announce_at = None;
-        let acknowledge = self.containers[index].run.take();
-        self.after_end(index);
-        self.publish();
-        self.save();
-        if let Some(orders) = acknowledge {
-            let _ = orders.try_send(Order::Acknowledge);
-        }
-    }
-
-    /// What follows from a container's end: nothing, or a restart now or later.
-    fn after_end(&mut self, index: usize) {
-        if self.stop.is_some() || self.record.last_status.is_some() {
-            return;
-        }
-        let container = &mut self.containers[index];
-        let Some(record) = self.record.containers.get_mut(&container.name) else { return };
-        let State::Terminated(end) = record.state.clone() else { return };
-        let spec = self.record.pod.spec.as_ref();
-        let again = spec.is_some_and(|spec| {
-            spec.containers
-                .get(index)
-                .is_some_and(|container| status::should_restart(spec, container, end.exit_code))
-        });
-        if !again {
-            return;
-        }
-        let Next::Wait { wait, until } = container.back_off.next(end.finished_at, Timestamp::now()) else {
-            container.restart_at = Some(Instant::now());
-            return;
-        };
-        let delay = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default();
-        container.restart_at = Some(Instant::now() + delay);
-        let part = |text: &Option<String>| text.clone().unwrap_or_default();
-        let meta = &self.record.pod.metadata;
-        let (pod, namespace, uid) = (part(&meta.name), part(&meta.namespace), part(&meta.uid));
-        let message = backoff::message(wait, &container.name, &pod, &namespace, &uid);
-        record.last = Some(end);
-        record.state = waiting("CrashLoopBackOff", &message);
-        let text = format!(
-            "Back-off restarting failed container {} in pod {pod}_{namespace}({uid})",
-            container.name
-        );
-        self.context.events.record(&self.record.pod, Some(&container.name), Kind::Warning, "BackOff", &text);
-    }
-
-    async fn on_wake(&mut self, now: Instant) {
-        if self.announce_at.is_some_and(|at| at <= now) {
-            self.announce_at = None;
-        }
-        if self.prepare_at.is_some_and(|at| at <= now) && self.preparing.is_none() {
-            self.prepare(false);
-        }
-        let due: Vec<usize> = (0..self.containers.len())
-            .filter(|i| self.containers[*i].restart_at.is_some_and(|at| at <= now))
-            .collect();
-        for index in due {
-            self.containers[index].restart_at = None;
-            // This start counts for the next wait.
-            let name = self.containers[index].name.clone();
-            if let Some(record) = self.record.containers.get_mut(&name) {
-                let last = record.last.as_ref().map(|end| end.finished_at);
-                if !is_over(&record.state) {
-                    let _ = self.containers[index]
-                        .back_off
-                        .next(last.unwrap_or(Timestamp::now()), Timestamp::now());
-                }
-                if let State::Terminated(end) = &record.state {
-                    record.last = Some(end.clone());
-                    record.state = waiting("ContainerCreating", "");
-                }
-                record.restart += 1;
-            }
-            // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
-            if self.preparing.is_none() {
-                self.prepare(false);
-            }
-        }
-        if self.delete_at.is_some_and(|at| at <= now) {
-            self.delete().await;
-        }
-    }
-
-    // ---- stopping --------------------------------------------------------------------------------------------
-
-    fn stop_for(&mut self, why: Why, grace: Duration) {
-        let kill_at = Instant::now() + grace;
-        let first = self.stop.is_none();
-        let stop = self.stop.get_or_insert(Stop { why, kill_at });
-        let shorter = kill_at < stop.kill_at;
-        stop.kill_at = stop.kill_at.min(kill_at);
-        if why == Why::Gone {
-            stop.why = Why::Gone;
-        }
-        if !first && !shorter {
-            return;
-        }
-        self.preparing = None;
-        self.prepare_at = None;
-        self.announce_at = None;
-        self.ready.iter_mut().for_each(|ready| *ready = None);
-        for container in &mut self.containers {
-            container.restart_at = None;
-            if let Some(orders) = &container.run {
-                // The channel holds more orders than a pod's life gives; one that is full has its Terminate already.
-                let _ = orders.try_send(Order::Terminate(grace));
-                if first {
-                    let text = format!("Stopping container {}", container.name);
-                    let name = Some(container.name.as_str());
-                    self.context.events.record(&self.record.pod, name, Kind::Normal, "Killing", &text);
-                }
-            }
-        }
-    }
-
-    // ---- status ----------------------------------------------------------------------------------------------
-
-    fn status(&self) -> PodStatus {
-        let ending = match &self.stop {
-            Some(stop) if stop.why == Why::Shutdown && self.all_still() => Some(Ending::NodeShutdown),
-            Some(_) if self.all_still() => Some(Ending::Deleted),
-            _ => None,
-        };
-        let containers: Vec<ContainerRuntime> = self
-            .containers
-            .iter()
-            .map(|container| {
-                let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
-                ContainerRuntime {
-                    name: container.name.clone(),
-                    state: record.state,
-                    last: record.last,
-                    restart_count: record.restart,
-                    image_id: String::new(),
-                }
-            })
-            .collect();
-        let unknown = PodStatus::default();
-        let previous = self.record.last_status.as_ref().or(self.record.pod.status.as_ref());
-        status::status(&StatusInput {
-            pod: &self.record.pod,
-            previous: previous.unwrap_or(&unknown),
-            containers: &containers,
-            pod_ip: Some(&self.context.identity.ip),
-            host_ip: Some(&self.context.identity.ip),
-            start_time: self.record.admitted,
-            directory_ready: self.record.directory.is_some(),
-            ending: ending.as_ref(),
-            now: Timestamp::now(),
-        })
-    }
-
-    fn publish(&mut self) {
-        if self.stop.as_ref().is_some_and(|stop| stop.why == Why::Gone) || self.announce_at.is_some() {
-            return;
-        }
-        let status = self.status();
-        let terminal = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-        if terminal && !self.ended {
-            self.ended = true;
-            self.record.last_status = Some(status.clone());
-            let _ = self.notes.try_send(Note::Ended(self.record.uid().to_owned()));
-        }
-        self.publisher.publish(status);
-    }
-
-    /// Publishes, and takes the steps that only wait for the API server's word.
-    async fn settle(&mut self) {
-        let before = self.ended;
-        self.publish();
-        if self.ended && !before {
-            self.save();
-        }
-        let answer = self.publisher.state();
-        if self.ended
-            && !self.reported
-            && (self.publisher.is_acknowledged() || answer.gone || answer.refused.is_some())
-        {
-            self.reported = true;
-            self.report(self.publisher.is_acknowledged() && answer.refused.is_none()).await;
-        }
-        let deleted = self.record.pod.metadata.deletion_timestamp.is_some();
-        if self.reported
-            && deleted
-            && self.delete_at.is_none()
-            && self.stop.as_ref().is_none_or(|s| s.why != Why::Gone)
-        {
-            self.delete().await;
-        }
-    }
-
-    async fn report(&self, acknowledged: bool) {
-        let outcome = self.outcome(acknowledged);
-        let _ = self.notes.send(Note::Reported(self.record.uid().to_owned(), Box::new(outcome))).await;
-    }
-
-    fn outcome(&self, reported: bool) -> Outcome {
-        let status = self.record.last_status.clone().unwrap_or_else(|| self.status());
-        Outcome::new(&self.record.pod, &status, reported, |name| {
-            let record = self.record.containers.get(name).cloned().unwrap_or_default();
-            let log = self.record.directory.as_ref().map_or_else(PathBuf::new, |directory| {
-                directory.join("containers").join(name).join("logs").join(format!("{}.log", record.restart))
-            });
-            (log, record.log_lines_lost)
-        })
-    }
-
-    async fn delete(&mut self) {
-        let part = |text: &Option<String>| text.clone().unwrap_or_default();
-        let meta = &self.record.pod.metadata;
-        let (namespace, name, uid) = (part(&meta.namespace), part(&meta.name), part(&meta.uid));
-        self.delete_at = Some(Instant::now() + DELETE_RETRY);
-        if let Err(error) = self.context.api.delete(&namespace, &name, &uid).await {
-            tracing::warn!(pod = name, namespace, %error, "the pod has ended but could not be deleted; it is tried again");
-        }
-    }
-
-    async fn clear_away(&mut self) {
-        if let Some(found) = self.record.directory.clone() {
-            let uid = self.record.uid().to_owned();
-            let kept = self.context.places.kept.clone();
-            let path = found.clone();
-            let removed = tokio::task::spawn_blocking(move || directory::remove(&path, &uid, &kept)).await;
-            if let Ok(Err(error)) = removed {
-                tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
-            }
-        }
-        self.context.records.remove(self.record.uid());
-    }
-
-    // ---- small things ----------------------------------------------------------------------------------------
 
     /// No container runs and none will start.
     fn all_still(&self) -> bool {
@@ -746,68 +255,18 @@ impl Worker {
     }
 }
 
-fn images(pod: &Pod) -> Vec<Option<String>> {
-    pod.spec.iter().flat_map(|s| s.containers.iter().map(|c| c.image.clone())).collect()
-}
-
 /// The grace that a deletion leaves: the API server's own count, else the pod's.
 fn deletion_grace(pod: &Pod) -> Duration {
     let seconds = pod.metadata.deletion_grace_period_seconds.map(|s| u64::try_from(s).unwrap_or(0));
     seconds.map_or(DEFAULT_GRACE, Duration::from_secs).max(FORCED_GRACE)
 }
 
-fn waiting(reason: &str, message: &str) -> State {
-    State::Waiting { reason: reason.to_owned(), message: message.to_owned() }
-}
-
-fn is_over(state: &State) -> bool {
-    matches!(state, State::Terminated(_))
-}
-
-fn timestamp(at: SystemTime) -> Timestamp {
-    Timestamp::try_from(at).unwrap_or_else(|_| Timestamp::now())
-}
-
-fn terminated(end: &End, id: String) -> Terminated {
-    let message = if end.survivors.is_empty() {
-        String::new()
-    } else {
-        format!("processes in uninterruptible sleep could not be ended: {}", end.survivors.join(", "))
-    };
-    Terminated {
-        exit_code: end.exit_code,
-        signal: end.signal,
-        reason: None,
-        message,
-        started_at: Some(timestamp(end.started_at)),
-        finished_at: timestamp(end.finished_at),
-        id,
-    }
-}
-
-/// The end of a run of which nobody saw the end: it began when it was last seen to run.
-fn unknown_end(reason: &str, message: &str, record: &ContainerRecord, id: String) -> State {
-    let started_at = match &record.state {
-        State::Running { started_at, .. } => Some(*started_at),
-        State::Waiting { .. } | State::Terminated(_) => None,
-    };
-    State::Terminated(Terminated {
-        exit_code: 137,
-        signal: None,
-        reason: Some(reason.to_owned()),
-        message: message.to_owned(),
-        started_at,
-        finished_at: Timestamp::now(),
-        id,
-    })
-}
-
-async fn join(preparing: &mut Option<Preparing>) -> Result<Prepared, PrepareError> {
+async fn join(preparing: &mut Option<Preparing>) -> Attempt {
     match preparing {
-        Some(handle) => match handle.await {
-            Ok(result) => result,
-            Err(error) => Err(PrepareError::Aborted(error.to_string())),
-        },
+        Some(handle) => handle.await.unwrap_or_else(|error| Attempt {
+            directory: None,
+            result: Err(PrepareError::Aborted(error.to_string())),
+        }),
         None => std::future::pending().await,
     }
 }

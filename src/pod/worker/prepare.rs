@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::Duration;
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
@@ -102,15 +102,37 @@ impl SpecError {
     }
 }
 
+/// What became of a preparation.
+pub struct Attempt {
+    /// The pod's directory, as soon as it has one.
+    pub directory: Option<PathBuf>,
+    /// Whether all is there; what is missing may be there at the next try.
+    pub result: Result<Prepared, PrepareError>,
+}
+
 /// Reads the pod's objects and makes its directory and volumes.
-///
-/// # Errors
-/// When something is missing; it may be there at the next try.
-pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<Prepared, PrepareError> {
+pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Attempt {
     let mut notes = Vec::new();
     let (objects, directory) =
         tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
-    let (objects, directory) = (objects?, directory?);
+    match (objects, directory) {
+        (Ok(objects), Ok(directory)) => {
+            let result = fill(context, pod, directory.clone(), objects, notes).await;
+            Attempt { directory: Some(directory), result }
+        }
+        (Err(error), Ok(directory)) => Attempt { directory: Some(directory), result: Err(error) },
+        (_, Err(error)) => Attempt { directory: None, result: Err(error) },
+    }
+}
+
+/// Writes the volumes into the pod's directory and finds the scripts.
+async fn fill(
+    context: &Context,
+    pod: &Pod,
+    directory: PathBuf,
+    objects: Objects,
+    notes: Vec<String>,
+) -> Result<Prepared, PrepareError> {
     let facts = Facts {
         node_name: context.identity.node.clone().unwrap_or_else(|| context.identity.host.clone()),
         pod_ips: vec![context.identity.ip.clone()],
@@ -129,8 +151,7 @@ pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Re
         .collect();
     let home = context.places.home.clone();
     let target = directory.clone();
-    let written = tokio::task::spawn_blocking(move || write_volumes(&target, &home, &plans)).await;
-    written.map_err(|error| PrepareError::Aborted(error.to_string()))??;
+    blocking(move || write_volumes(&target, &home, &plans)).await??;
     Ok(Prepared { directory, objects, facts, scripts, notes })
 }
 
@@ -377,8 +398,8 @@ pub fn spec(
         session: context.policy.session,
         oom_score_adj: Some(OOM_SCORE_ADJ),
         orphan_timeout: context.policy.orphan_timeout,
-        drain_at: drain.or_else(|| None::<SystemTime>),
-        grace: std::time::Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
+        drain_at: drain,
+        grace: Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
         forward_output: context.output.is_some(),
     })
 }

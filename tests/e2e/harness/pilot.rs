@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
-use super::host::{as_user_without_limit, home};
+use super::host::{as_user_without_limit, home, places};
 use super::{ALICE, PbsJob, api, as_user, bed, marked, run, seconds, unique, wait_for, wait_until};
 
 /// How long a job may wait for a free node: other tests' jobs of some minutes may hold all of them.
@@ -287,6 +287,23 @@ impl Pilot {
     pub fn processes(&self) -> Vec<(i32, String)> {
         let name = self.home.file_name().unwrap().to_str().unwrap();
         marked(&format!("TEST_PILOT={name}"))
+    }
+
+    /// The processes that descend from a pilot that was started by hand, whose first argument is `word`:
+    /// `pilot`, `supervise`.
+    pub fn stages(&self, word: &str) -> Vec<i32> {
+        let child = self.child.as_ref().expect("the pilot was started by hand");
+        let mut family = vec![i32::try_from(child.id()).unwrap()];
+        for place in places() {
+            if family.contains(&place.parent) {
+                family.push(place.pid);
+            }
+        }
+        family.retain(|pid| {
+            let command_line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            command_line.split(|byte| *byte == 0).nth(1) == Some(word.as_bytes())
+        });
+        family
     }
 
     /// What Slurm says of the job.

@@ -1,0 +1,127 @@
+//! What the API server is told of a pod, and what follows from its answer.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
+use tokio::time::Instant;
+
+use super::{DELETE_RETRY, Note, Why, Worker};
+use crate::pod::directory;
+use crate::pod::outcome::Outcome;
+use crate::pod::status::{self, ContainerRuntime, Ending, StatusInput};
+
+impl Worker {
+    pub(super) fn status(&self) -> PodStatus {
+        let ending = match &self.stop {
+            Some(stop) if stop.why == Why::Shutdown && self.all_still() => Some(Ending::NodeShutdown),
+            Some(_) if self.all_still() => Some(Ending::Deleted),
+            _ => None,
+        };
+        let containers: Vec<ContainerRuntime> = self
+            .containers
+            .iter()
+            .map(|container| {
+                let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
+                ContainerRuntime {
+                    name: container.name.clone(),
+                    state: record.state,
+                    last: record.last,
+                    restart_count: record.restart,
+                    image_id: String::new(),
+                }
+            })
+            .collect();
+        let unknown = PodStatus::default();
+        let previous = self.record.last_status.as_ref().or(self.record.pod.status.as_ref());
+        status::status(&StatusInput {
+            pod: &self.record.pod,
+            previous: previous.unwrap_or(&unknown),
+            containers: &containers,
+            pod_ip: Some(&self.context.identity.ip),
+            host_ip: Some(&self.context.identity.ip),
+            start_time: self.record.admitted,
+            directory_ready: self.record.directory.is_some(),
+            ending: ending.as_ref(),
+            now: Timestamp::now(),
+        })
+    }
+
+    pub(super) fn publish(&mut self) {
+        if self.stop.as_ref().is_some_and(|stop| stop.why == Why::Gone) || self.announce_at.is_some() {
+            return;
+        }
+        let status = self.status();
+        let terminal = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        if terminal && !self.ended {
+            self.ended = true;
+            self.record.last_status = Some(status.clone());
+            let _ = self.notes.try_send(Note::Ended(self.record.uid().to_owned()));
+        }
+        self.publisher.publish(status);
+    }
+
+    /// Publishes, and takes the steps that only wait for the API server's word.
+    pub(super) async fn settle(&mut self) {
+        let before = self.ended;
+        self.publish();
+        if self.ended && !before {
+            self.save();
+        }
+        let answer = self.publisher.state();
+        if self.ended
+            && !self.reported
+            && (self.publisher.is_acknowledged() || answer.gone || answer.refused.is_some())
+        {
+            self.reported = true;
+            self.report(self.publisher.is_acknowledged() && answer.refused.is_none()).await;
+        }
+        let deleted = self.record.pod.metadata.deletion_timestamp.is_some();
+        if self.reported
+            && deleted
+            && self.delete_at.is_none()
+            && self.stop.as_ref().is_none_or(|s| s.why != Why::Gone)
+        {
+            self.delete().await;
+        }
+    }
+
+    pub(super) async fn report(&self, acknowledged: bool) {
+        let outcome = self.outcome(acknowledged);
+        let _ = self.notes.send(Note::Reported(self.record.uid().to_owned(), Box::new(outcome))).await;
+    }
+
+    pub(super) fn outcome(&self, reported: bool) -> Outcome {
+        let status = self.record.last_status.clone().unwrap_or_else(|| self.status());
+        Outcome::new(&self.record.pod, &status, reported, |name| {
+            let record = self.record.containers.get(name).cloned().unwrap_or_default();
+            let log = self.record.directory.as_ref().map_or_else(PathBuf::new, |directory| {
+                directory.join("containers").join(name).join("logs").join(format!("{}.log", record.restart))
+            });
+            (log, record.log_lines_lost)
+        })
+    }
+
+    pub(super) async fn delete(&mut self) {
+        let part = |text: &Option<String>| text.clone().unwrap_or_default();
+        let meta = &self.record.pod.metadata;
+        let (namespace, name, uid) = (part(&meta.namespace), part(&meta.name), part(&meta.uid));
+        self.delete_at = Some(Instant::now() + DELETE_RETRY);
+        if let Err(error) = self.context.api.delete(&namespace, &name, &uid).await {
+            tracing::warn!(pod = name, namespace, %error, "the pod has ended but could not be deleted; it is tried again");
+        }
+    }
+
+    pub(super) async fn clear_away(&mut self) {
+        if let Some(found) = self.record.directory.clone() {
+            let uid = self.record.uid().to_owned();
+            let kept = self.context.places.kept.clone();
+            let path = found.clone();
+            let removed = tokio::task::spawn_blocking(move || directory::remove(&path, &uid, &kept)).await;
+            if let Ok(Err(error)) = removed {
+                tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
+            }
+        }
+        self.context.records.remove(self.record.uid());
+    }
+}

@@ -1,0 +1,200 @@
+//! The beginning of a pod's containers: at first, after a crash of the pilot, and again after an end.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::prepare::{self, Attempt, Prepared};
+use super::run;
+use super::state::{is_over, unknown_end, waiting};
+use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Why, Worker, deletion_grace};
+use crate::container::{ContainerId, ContainerSpec, Supervisor};
+use crate::pod::events::Kind;
+use crate::pod::status::container_id;
+
+impl Worker {
+    pub(super) fn begin(&mut self, start: Start) {
+        let names: Vec<String> = self.containers.iter().map(|c| c.name.clone()).collect();
+        for name in names {
+            self.record.containers.entry(name).or_default();
+        }
+        match start {
+            Start::Fresh => {
+                self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
+                self.prepare(true);
+            }
+            Start::Resumed(supervisors) => self.resume(supervisors),
+        }
+        if self.record.pod.metadata.deletion_timestamp.is_some() {
+            self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
+        }
+    }
+
+    /// Takes up a pod of before the crash: what still has a supervisor goes on, what lost it is lost.
+    pub(super) fn resume(&mut self, supervisors: Vec<(ContainerId, Supervisor)>) {
+        for (id, supervisor) in supervisors {
+            let index = self.containers.iter().position(|c| c.name == id.name);
+            let current = self.record.containers.get(&id.name).map(|c| c.restart);
+            match index {
+                Some(index) if current == Some(id.restart) => self.follow(index, supervisor, None),
+                // A run that was already over when the pilot crashed; dropping the supervisor ends it.
+                _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
+            }
+        }
+        let uid = self.record.uid().to_owned();
+        let mut unprepared = false;
+        for index in 0..self.containers.len() {
+            let container = &self.containers[index];
+            let Some(record) = self.record.containers.get_mut(&container.name) else { continue };
+            if container.run.is_some() || is_over(&record.state) {
+                continue;
+            }
+            if record.launched {
+                let message = "the container's supervisor was gone when the pilot came back after a crash";
+                let id = container_id(&uid, &container.name, record.restart);
+                record.state = unknown_end("ContainerStatusUnknown", message, record, id);
+                record.launched = false;
+                self.after_end(index);
+            } else {
+                unprepared = true;
+            }
+        }
+        if unprepared && self.record.last_status.is_none() {
+            self.prepare(false);
+        }
+        for index in 0..self.containers.len() {
+            let container = &self.containers[index];
+            let state = self.record.containers.get(&container.name).map(|c| &c.state);
+            if container.run.is_none() && container.restart_at.is_none() && state.is_some_and(is_over) {
+                self.after_end(index);
+            }
+        }
+    }
+
+    /// Starts the reading of the pod's objects, its directory and volumes; and, on the way, its supervisors.
+    pub(super) fn prepare(&mut self, with_supervisors: bool) {
+        self.prepare_at = None;
+        if with_supervisors {
+            for index in 0..self.containers.len() {
+                self.ready[index] = self.spawn_supervisor(index);
+            }
+        }
+        let context = Arc::clone(&self.context);
+        let pod = self.record.pod.clone();
+        let directory = self.record.directory.clone();
+        self.preparing = Some(tokio::spawn(async move { prepare::prepare(&context, &pod, directory).await }));
+    }
+
+    pub(super) fn spawn_supervisor(&mut self, index: usize) -> Option<Supervisor> {
+        let name = &self.containers[index].name;
+        let restart = self.record.containers.get(name).map_or(0, |c| c.restart);
+        let id = ContainerId { pod_uid: self.record.uid().to_owned(), name: name.clone(), restart };
+        match self.context.supervisors.spawn(id) {
+            Ok(supervisor) => Some(supervisor),
+            Err(error) => {
+                self.complain("FailedCreate", &format!("no supervisor could be started: {error}"));
+                None
+            }
+        }
+    }
+
+    pub(super) fn on_prepared(&mut self, attempt: Attempt) {
+        self.preparing = None;
+        // Known also when something else is missing, so that it goes with the pod.
+        self.record.directory = attempt.directory.or(self.record.directory.take());
+        if self.stop.is_some() {
+            return;
+        }
+        match attempt.result {
+            Ok(prepared) => {
+                self.complaint = None;
+                self.prepare_delay = PREPARE_FIRST;
+                for note in &prepared.notes {
+                    self.context.events.record(
+                        &self.record.pod,
+                        None,
+                        Kind::Warning,
+                        "FailedToRetrieveToken",
+                        note,
+                    );
+                }
+                for index in 0..self.containers.len() {
+                    let name = &self.containers[index].name;
+                    let waits = self.record.containers.get(name).is_some_and(|c| !is_over(&c.state));
+                    if waits
+                        && self.containers[index].run.is_none()
+                        && self.containers[index].restart_at.is_none()
+                    {
+                        self.start(index, &prepared);
+                    }
+                }
+            }
+            Err(error) => {
+                // A supervisor without work would only hold memory.
+                self.ready.iter_mut().for_each(|ready| *ready = None);
+                self.complain(error.reason(), &error.to_string());
+                for container in self.record.containers.values_mut() {
+                    if !container.launched && !is_over(&container.state) && container.restart == 0 {
+                        // kubelet says why in an event, and leaves the container's own message empty.
+                        container.state = waiting("ContainerCreating", "");
+                    }
+                }
+                self.announce_at = None;
+                self.prepare_at = Some(Instant::now() + self.prepare_delay);
+                self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+            }
+        }
+    }
+
+    /// Starts the run that the record names; what it needs is prepared.
+    fn start(&mut self, index: usize, prepared: &Prepared) {
+        let name = self.containers[index].name.clone();
+        let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
+        let spec = match prepare::spec(&self.context, &self.record.pod, index, restart, prepared) {
+            Ok(spec) => spec,
+            Err(error) => {
+                self.ready[index] = None;
+                self.complain("Failed", &format!("Error: {error}"));
+                self.set_waiting(&name, error.reason(), &error.to_string());
+                self.announce_at = None;
+                if error.may_pass() {
+                    self.prepare_at = Some(Instant::now() + self.prepare_delay);
+                    self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+                }
+                return;
+            }
+        };
+        let Some(supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
+            self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
+            self.prepare_at = Some(Instant::now() + self.prepare_delay);
+            self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+            return;
+        };
+        if let Some(record) = self.record.containers.get_mut(&name) {
+            record.launched = true;
+            record.log_lines_lost = 0;
+        }
+        if let Err(error) = self.context.records.save(&self.record) {
+            // What is not recorded must not start: after a crash nobody would know of it.
+            let message = format!("the pilot's state cannot be written: {error}; make room in --state-dir");
+            if let Some(record) = self.record.containers.get_mut(&name) {
+                record.launched = false;
+            }
+            self.complain("FailedCreate", &message);
+            self.set_waiting(&name, "CreateContainerError", &message);
+            self.prepare_at = Some(Instant::now() + PREPARE_MOST);
+            return;
+        }
+        self.follow(index, supervisor, Some(spec));
+    }
+
+    pub(super) fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
+        let name = self.containers[index].name.clone();
+        let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
+        let pod = self.record.pod.metadata.name.clone().unwrap_or_default();
+        let told = self.told_tx.clone();
+        let orders =
+            run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), spec, told);
+        self.containers[index].run = Some(orders);
+    }
+}

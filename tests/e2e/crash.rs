@@ -1,0 +1,63 @@
+//! What becomes of containers when a process of ours dies.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Namespace, Options, Pilot, seconds, wait_for, wait_until};
+
+#[test]
+fn a_pod_whose_supervisor_is_killed_fails_with_a_reason_and_leaves_nothing_behind() {
+    let namespace = Namespace::new("supervisor");
+    let pilot = Pilot::local(Options::new("supervisor"), 600);
+    namespace.script_on(&pilot, "p", "(setsid sleep 3631 &)\nsleep 3632\n");
+    let sleeps = || pilot.processes().iter().filter(|(_, line)| line.starts_with("sleep 363")).count();
+    wait_until("the script sleeps", seconds(30), || sleeps() == 2);
+    namespace.wait_phase("p", "Running", seconds(10));
+    let [supervisor] = pilot.stages("supervise")[..] else { panic!("one supervisor was expected") };
+    kill(Pid::from_raw(supervisor), Signal::SIGKILL).unwrap();
+
+    let pod = namespace.wait_phase("p", "Failed", seconds(20));
+    let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
+    let said = format!("{} {}", ended["reason"], ended["message"]);
+    assert!(said.to_lowercase().contains("supervisor"), "{:#}", pod["status"]);
+    wait_until("nothing is left", seconds(5), || sleeps() == 0);
+}
+
+#[test]
+fn a_killed_pilot_comes_back_and_reports_what_ended_meanwhile_and_what_still_runs() {
+    let namespace = Namespace::new("pilot");
+    let pilot = Pilot::local(Options::new("pilot"), 600);
+    let go = pilot.home.join("go");
+    let runs = pilot.home.join("runs");
+    // Each says that it ran; they end when they are told to, by their names' codes.
+    for code in [0, 3, 4] {
+        let (go, runs) = (go.display(), runs.display());
+        let script =
+            format!("echo {code} >>{runs}\nuntil [ -e {go}.{code} ]; do sleep 0.05; done\nexit {code}\n");
+        namespace.script_on(&pilot, &format!("p{code}"), &script);
+        namespace.wait_phase(&format!("p{code}"), "Running", seconds(30));
+    }
+    let [first] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    // One ends while no pilot is there to see it: the pilot is stopped before, and killed after.
+    kill(Pid::from_raw(first), Signal::SIGSTOP).unwrap();
+    std::fs::write(pilot.home.join("go.3"), "").unwrap();
+    std::thread::sleep(seconds(1)); // nothing shows the script's end but the pilot, which is stopped
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+
+    wait_for("another pilot", seconds(30), || {
+        pilot.stages("pilot").first().copied().filter(|second| *second != first)
+    });
+    let exit_code = |pod: &str, phase: &str| {
+        let pod = namespace.wait_phase(pod, phase, seconds(30));
+        pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"].clone()
+    };
+    assert_eq!(exit_code("p3", "Failed"), 3);
+    std::fs::write(pilot.home.join("go.0"), "").unwrap();
+    assert_eq!(exit_code("p0", "Succeeded"), 0);
+    std::fs::write(pilot.home.join("go.4"), "").unwrap();
+    assert_eq!(exit_code("p4", "Failed"), 4);
+    // The fourth comes after the crash.
+    namespace.script_on(&pilot, "p5", "exit 5\n");
+    assert_eq!(exit_code("p5", "Failed"), 5);
+    assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 3, "nothing ran twice");
+}
