@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
@@ -288,7 +288,7 @@ pub fn main() -> ExitCode {
         Some("launch") => return crate::container::launch(),
         _ => {}
     }
-    let cli = Cli::parse();
+    let cli = parse(args.clone());
     let log = cli.log.as_deref();
     match cli.command {
         // The guardian hands the same arguments to the pilot; parsing them here first makes a bad one cost nothing.
@@ -307,6 +307,21 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Parses the command line. A variable that is set and empty counts as not set: start scripts export such.
+fn parse(args: Vec<OsString>) -> Cli {
+    let unset = |arg: clap::Arg| match arg.get_env() {
+        Some(name) if std::env::var_os(name).is_some_and(|value| value.is_empty()) => {
+            arg.env(None::<&'static str>)
+        }
+        _ => arg,
+    };
+    let command = Cli::command().mut_args(unset).mut_subcommands(|command| command.mut_args(unset));
+    match Cli::from_arg_matches(&command.get_matches_from(args)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    }
+}
+
 /// Runs a command that waits for others, on one thread.
 fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -321,7 +336,13 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
 /// Sets the log up on standard error, then runs the command.
 fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
     use std::io::IsTerminal;
-    let filter = match tracing_subscriber::EnvFilter::try_new(filter) {
+    // The libraries' own complaints come without a context; what concerns a user is said by the pilot.
+    let quiet = if filter.contains("debug") || filter.contains("trace") {
+        ""
+    } else {
+        ",kube_client=off,kube_runtime=off,tower=off"
+    };
+    let filter = match tracing_subscriber::EnvFilter::try_new(format!("{filter}{quiet}")) {
         Ok(filter) => filter,
         Err(error) => {
             eprintln!(
@@ -342,7 +363,6 @@ fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_well_formed() {

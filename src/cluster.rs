@@ -162,7 +162,7 @@ impl Kube {
                         message: status.message.clone(),
                     });
                 }
-                Ok(Err(error)) => causes(&error),
+                Ok(Err(error)) => explain(&error),
                 Err(_) => format!("no answer within {} s", ANSWER_LIMIT.as_secs()),
             };
             if start.elapsed() + delay > limit {
@@ -230,6 +230,15 @@ fn token_expiry(token: &str) -> Option<SystemTime> {
     let claims: serde_json::Value = serde_json::from_slice(&payload).ok()?;
     let seconds = claims.get("exp")?.as_u64()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
+/// An error of the API server in its own words, else with what caused it.
+#[must_use]
+pub fn explain(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} (HTTP {})", status.message, status.code),
+        other => causes(other),
+    }
 }
 
 /// An error with what caused it: `ServiceError: client error (Connect): Connection refused`.

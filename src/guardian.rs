@@ -32,8 +32,9 @@ const CRASHES: usize = 3;
 /// The time in which crashes are counted.
 const CRASH_WINDOW: Duration = Duration::from_secs(600);
 
-/// A pilot that is still there so long before the deadline hangs.
-const LAST_MOMENT: Duration = Duration::from_secs(1);
+/// A pilot that is still there so long before the deadline hangs: it means to be gone a second before
+/// ([`crate::drain::SAFETY`]), and its last half second goes to a last try of removing the Node.
+const LAST_MOMENT: Duration = Duration::from_millis(250);
 
 /// What containers get when the guardian gives up: what Kubernetes gives a pod that names no grace (30 s) would be more
 /// than a batch system's kill wait allows for.

@@ -23,7 +23,7 @@ fn the_batch_system_is_told_by_its_variables() {
     let of = |pairs: &[(&str, &str)], cgroup| {
         BatchSystem::of(&Environment::from_pairs(pairs.iter().copied()), || cgroup)
     };
-    let (slurm, pbs, torque) = (("SLURM_JOB_ID", "1"), ("PBS_JOBID", "1.x"), ("PBS_WALLTIME", "60"));
+    let (slurm, pbs, torque) = (("SLURM_JOB_ID", "1"), ("PBS_JOBID", "1.x"), ("PBS_NUM_PPN", "60"));
     assert_eq!(of(&[], None), BatchSystem::None);
     assert_eq!(of(&[("SLURM_JOB_ID", "")], None), BatchSystem::None);
     assert_eq!(of(&[slurm], None), BatchSystem::Slurm);

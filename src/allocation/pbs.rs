@@ -253,9 +253,10 @@ fn parse_ctime(text: &str) -> Option<SystemTime> {
     Some(SystemTime::from(moment.timestamp()))
 }
 
-/// Whether the variables of a job are Torque's: PBS sets none of these.
+/// Whether the variables of a job are Torque's: PBS sets none of these. (Torque sets PBS_WALLTIME too, but so may a
+/// wrapper in front of PBS, for hosts without qstat.)
 pub(super) fn is_torque(env: &Environment) -> bool {
-    ["PBS_WALLTIME", "PBS_NUM_PPN", "PBS_NP", "PBS_VNODENUM"].iter().any(|name| env.filled(name).is_some())
+    ["PBS_NUM_PPN", "PBS_NP", "PBS_VNODENUM"].iter().any(|name| env.filled(name).is_some())
 }
 
 /// The walltime that Torque tells in the environment, counted from the pilot's first start, which is somewhat after the

@@ -156,7 +156,11 @@ fn the_job_is_described_from_its_environment_and_qstat() {
 
 #[test]
 fn torque_is_told_by_its_variables() {
-    assert!(is_torque(&Environment::from_pairs([("PBS_WALLTIME", "3600")])));
+    assert!(is_torque(&Environment::from_pairs([("PBS_WALLTIME", "3600"), ("PBS_NUM_PPN", "4")])));
+    assert!(
+        !is_torque(&Environment::from_pairs([("PBS_WALLTIME", "3600")])),
+        "a wrapper in front of PBS sets it too"
+    );
     assert!(!is_torque(&Environment::from_pairs([("PBS_JOBID", "1"), ("NCPUS", "2")])));
     let env = Environment::from_pairs([("PBS_WALLTIME", "3600")]);
     let answer = limit_from_environment(&env, UNIX_EPOCH).unwrap();

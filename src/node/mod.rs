@@ -37,7 +37,7 @@ const REGISTER_TRIES: u32 = 5;
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The API server refused or could not be reached.
-    #[error("Node {node}: {what} failed: {source}")]
+    #[error("Node {node}: {what} failed: {}", crate::cluster::explain(.source))]
     Api {
         /// The Node.
         node: String,

@@ -66,7 +66,7 @@ impl Files {
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     /// The API server refused or could not be reached.
-    #[error("{0}")]
+    #[error("{}", crate::cluster::explain(.0))]
     Kube(#[from] kube::Error),
     /// No answer in time.
     #[error("the API server did not answer within {} s", CALL_LIMIT.as_secs())]

@@ -164,6 +164,8 @@ struct Entry {
     pod: Pod,
     ended: bool,
     reported: bool,
+    /// How it ended, until that is reported.
+    outcome: Option<Outcome>,
 }
 
 struct State {
@@ -243,30 +245,42 @@ impl State {
                 }
             }
             Request::Outcomes(answer) => {
-                let summary =
-                    Summary { outcomes: self.outcomes.iter().cloned().collect(), forgotten: self.forgotten };
-                let _ = answer.send(summary);
+                let unreported = self.pods.values().filter_map(|entry| entry.outcome.clone());
+                let running =
+                    self.pods.values().filter(|entry| !entry.ended).map(|entry| Outcome::running(&entry.pod));
+                let late: Vec<Outcome> = unreported.chain(running).collect();
+                late.iter().for_each(|outcome| self.keep(outcome));
+                let outcomes = self.outcomes.iter().cloned().chain(late).collect();
+                let _ = answer.send(Summary { outcomes, forgotten: self.forgotten });
             }
         }
     }
 
     fn on_note(&mut self, note: Note) {
         match note {
-            Note::Ended(uid) => {
+            Note::Ended(uid, outcome) => {
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     entry.ended = true;
+                    entry.outcome = Some(*outcome);
                 }
             }
             Note::Reported(uid, outcome) => {
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     (entry.ended, entry.reported) = (true, true);
+                    entry.outcome = None;
                     let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
                     self.context.events.record(&entry.pod, None, kind, "PodEnded", &outcome.summary());
                 }
                 self.remember(*outcome);
             }
-            Note::Finished(uid) => {
+            Note::Finished(uid, outcome) => {
                 self.pods.remove(&uid);
+                if let Some(outcome) = outcome {
+                    self.keep(&outcome);
+                    if let Some(old) = self.outcomes.iter_mut().find(|old| old.uid == uid) {
+                        *old = *outcome;
+                    }
+                }
             }
         }
     }
@@ -279,6 +293,16 @@ impl State {
             "pod ended: {}",
             outcome.summary()
         );
+        self.keep(&outcome);
+        if self.outcomes.len() >= REMEMBERED {
+            self.outcomes.pop_front();
+            self.forgotten += 1;
+        }
+        self.outcomes.push_back(outcome);
+    }
+
+    /// Writes an outcome beside the kept logs.
+    fn keep(&self, outcome: &Outcome) {
         let kept = self.context.places.kept.clone();
         let file = outcome.clone();
         // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
@@ -287,11 +311,6 @@ impl State {
                 tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
             }
         });
-        if self.outcomes.len() >= REMEMBERED {
-            self.outcomes.pop_front();
-            self.forgotten += 1;
-        }
-        self.outcomes.push_back(outcome);
     }
 
     async fn on_pod(&mut self, event: PodEvent) {
@@ -386,7 +405,7 @@ impl State {
         if let Some(until) = self.shutdown {
             let _ = commands.try_send(Command::Shutdown(until.saturating_duration_since(Instant::now())));
         }
-        self.pods.insert(uid, Entry { commands, pod, ended: false, reported: false });
+        self.pods.insert(uid, Entry { commands, pod, ended: false, reported: false, outcome: None });
     }
 
     /// Refuses a pod, the later the more of its owner's pods were refused.

@@ -97,6 +97,17 @@ impl Outcome {
         }
     }
 
+    /// A pod that had not ended when the time was over.
+    #[must_use]
+    pub fn running(pod: &Pod) -> Self {
+        let status = PodStatus {
+            phase: Some("Running".to_owned()),
+            reason: Some("NotEnded".to_owned()),
+            ..PodStatus::default()
+        };
+        Self::new(pod, &status, false, |_| (PathBuf::new(), 0))
+    }
+
     /// Writes the outcome into the kept directory.
     ///
     /// # Errors

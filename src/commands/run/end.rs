@@ -17,6 +17,9 @@ use crate::pod::outcome;
 /// How long the batch system is asked whether more time is left than the SIGTERM allows for.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
+/// A deadline nearer than this is as good as over.
+const OVER: Duration = Duration::from_secs(2);
+
 /// How long somebody at a terminal waits at most, where no deadline is nearer: the default grace of a pod is 30 s.
 const INTERRUPT_BUDGET: Duration = Duration::from_secs(60);
 
@@ -49,6 +52,8 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
     let deadline = pilot.timing.borrow().as_ref().map(|t| t.deadline);
     let budget = first_budget(why, deadline, SystemTime::now(), pilot.kill_wait);
     tracing::info!(?why, seconds = budget.as_secs(), "draining: pods are ended");
+    // What the guardian goes by from here on: the limit's own SIGTERM comes after the deadline.
+    pilot.link.set_deadline(SystemTime::now().checked_add(budget));
     pilot.draining.send_replace(true);
     pilot.manager.gate(Gate::Holding).await;
     // After a SIGTERM it is not known yet whether more time is left; pods have their own grace until it is.
@@ -80,7 +85,8 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
 fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wait: Duration) -> Duration {
     let left = deadline.map(|d| d.duration_since(now).unwrap_or_default());
     match why {
-        End::Deadline => left.unwrap_or(kill_wait),
+        // A limit that was lowered to what is over already: the batch system sends SIGTERM and waits, too.
+        End::Deadline => left.filter(|left| *left > OVER).unwrap_or(kill_wait),
         // At the limit itself the deadline is over when the SIGTERM comes, and the kill wait is what is left.
         End::Terminated => kill_wait,
         End::Interrupted => left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET),
@@ -125,6 +131,7 @@ async fn end_pods(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> 
     let whole = more.unwrap_or_default().max(budget);
     if whole > budget {
         tracing::info!(seconds = whole.as_secs(), "the batch system leaves more time than its kill wait");
+        pilot.link.set_deadline(SystemTime::now().checked_add(whole.saturating_sub(start.elapsed())));
     }
     let share = drain::share(whole);
     pilot.manager.shutdown(share.grace.saturating_sub(start.elapsed())).await;
@@ -199,6 +206,7 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
         let s = Duration::from_secs;
         assert_eq!(first_budget(End::Deadline, Some(now + s(30)), now, s(27)), s(30));
+        assert_eq!(first_budget(End::Deadline, Some(now - s(9)), now, s(27)), s(27));
         assert_eq!(first_budget(End::Terminated, Some(now + s(3000)), now, s(27)), s(27));
         assert_eq!(first_budget(End::Terminated, Some(now - s(3)), now, s(27)), s(27));
         assert_eq!(first_budget(End::Interrupted, None, now, s(27)), s(60));

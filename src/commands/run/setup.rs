@@ -57,6 +57,8 @@ pub struct Pilot {
     pub draining: watch::Sender<bool>,
     /// Between the batch system's SIGTERM and its SIGKILL.
     pub kill_wait: Duration,
+    /// The guardian.
+    pub link: Arc<GuardianLink>,
     /// This pilot's directory.
     pub state_dir: PathBuf,
     /// Held while the pilot lives.
@@ -271,13 +273,20 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
     let link = Arc::new(link);
     link.set_deadline(first.map(|d| d.at));
-    tokio::spawn(follow_deadline(deadline, leads, timing_tx, drain_tx, Arc::clone(&link)));
+    let (draining_tx, draining) = watch::channel(false);
+    let followers = Followers {
+        timing: timing_tx,
+        drain: drain_tx,
+        link: Arc::clone(&link),
+        draining: draining.clone(),
+        kill_wait,
+    };
+    tokio::spawn(follow_deadline(deadline, leads, followers));
 
     let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
     let facts = facts(&config, args);
     let node = node::register(client.clone(), config, timing.clone()).await?;
 
-    let (draining_tx, draining) = watch::channel(false);
     let mark = name.clone();
     let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone()).map_err(|error| {
         place("state directory", &state_dir, &error, "choose another place with --state-dir")
@@ -311,7 +320,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         output: None,
     });
     spawn_housekeeping(&context);
-    let recovered = recover(&context).await;
+    let recovered = recover(&context, restarted()).await;
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(client, &name),
@@ -327,7 +336,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     );
     let holds = Holds { _lock: lock, _port: port };
     let draining = draining_tx;
-    Ok(Pilot { node, manager, context, tracker, timing, draining, kill_wait, state_dir, _holds: holds })
+    Ok(Pilot { node, manager, context, tracker, timing, draining, kill_wait, link, state_dir, _holds: holds })
 }
 
 /// The label jiriaf.site: as set, else the batch cluster's name.
@@ -446,7 +455,7 @@ fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         first_start: SystemTime::now(),
         first_left: None,
     };
-    let restarted = std::env::var_os(crate::guardian::RESTARTED).is_some();
+    let restarted = restarted();
     match fs::read(&path) {
         Ok(bytes) => match serde_json::from_slice::<PilotState>(&bytes) {
             // Only a pilot that its guardian has restarted takes up the old life; anyone else begins a new one.
@@ -530,19 +539,27 @@ fn say_what_was_granted(
     );
 }
 
-/// Hands a deadline that moves to everybody whom it concerns.
-async fn follow_deadline(
-    mut deadline: watch::Receiver<Option<Deadline>>,
-    leads: Leads,
+/// Whom a deadline that moves concerns.
+struct Followers {
     timing: watch::Sender<Option<Timing>>,
     drain: watch::Sender<Option<SystemTime>>,
     link: Arc<GuardianLink>,
+    draining: watch::Receiver<bool>,
+    kill_wait: Duration,
+}
+
+/// Hands a deadline that moves to everybody whom it concerns, until the drain: that goes by a budget of its own.
+async fn follow_deadline(
+    mut deadline: watch::Receiver<Option<Deadline>>,
+    leads: Leads,
+    followers: Followers,
 ) {
     while deadline.changed().await.is_ok() {
         let now = deadline.borrow_and_update().clone();
         let next = now.as_ref().map(|d| leads.timing(d.at));
-        let moved = timing.borrow().as_ref().map(|t| t.deadline) != next.as_ref().map(|t| t.deadline);
-        if !moved {
+        let moved =
+            followers.timing.borrow().as_ref().map(|t| t.deadline) != next.as_ref().map(|t| t.deadline);
+        if !moved || *followers.draining.borrow() {
             continue;
         }
         tracing::info!(
@@ -551,9 +568,11 @@ async fn follow_deadline(
             drain = next.as_ref().map(|t| rfc3339(t.drain)),
             "the deadline has moved"
         );
-        link.set_deadline(now.map(|d| d.at));
-        drain.send_replace(next.as_ref().map(|t| t.drain));
-        timing.send_replace(next);
+        // A limit that was lowered to what is over already still leaves the batch system's kill wait for a drain.
+        let least = SystemTime::now().checked_add(followers.kill_wait);
+        followers.link.set_deadline(now.map(|d| least.map_or(d.at, |least| d.at.max(least))));
+        followers.drain.send_replace(next.as_ref().map(|t| t.drain));
+        followers.timing.send_replace(next);
     }
 }
 
@@ -686,9 +705,15 @@ pub(in crate::commands) fn spawn_housekeeping(context: &Arc<Context>) {
     tokio::task::spawn_blocking(move || directory::prune_kept(&kept_root, SystemTime::now()));
 }
 
-/// The pods of before a crash, each with the supervisors that are still there.
-async fn recover(context: &Arc<Context>) -> Vec<manager::Recovered> {
-    let records = context.records.load();
+/// Whether the guardian has started this pilot again.
+fn restarted() -> bool {
+    std::env::var_os(crate::guardian::RESTARTED).is_some()
+}
+
+/// The pods of before a crash, each with the supervisors that are still there. A pilot that no guardian has restarted
+/// begins anew: what an earlier one of the same name left is ended and forgotten.
+async fn recover(context: &Arc<Context>, restarted: bool) -> Vec<manager::Recovered> {
+    let mut records = context.records.load();
     let mut found = match context.supervisors.find().await {
         Ok(found) => found,
         Err(error) => {
@@ -696,7 +721,11 @@ async fn recover(context: &Arc<Context>) -> Vec<manager::Recovered> {
             Vec::new()
         }
     };
-    if !records.is_empty() {
+    if !restarted {
+        for record in std::mem::take(&mut records) {
+            context.records.remove(record.uid());
+        }
+    } else if !records.is_empty() {
         tracing::info!(
             pods = records.len(),
             supervisors = found.len(),
@@ -710,9 +739,8 @@ async fn recover(context: &Arc<Context>) -> Vec<manager::Recovered> {
         found = others;
         recovered.push((record, mine));
     }
-    for (id, supervisor) in found {
+    for (id, mut supervisor) in found {
         tracing::warn!(container = %id, "a supervisor without a pod's record is ended");
-        let mut supervisor = supervisor;
         supervisor.terminate(Duration::ZERO).await;
     }
     recovered

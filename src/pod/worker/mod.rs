@@ -68,12 +68,12 @@ pub enum Command {
 /// What a worker tells the manager.
 #[derive(Debug)]
 pub enum Note {
-    /// The pod has ended: what it held is free.
-    Ended(String),
+    /// The pod has ended: what it held is free. Its outcome is not reported yet.
+    Ended(String, Box<Outcome>),
     /// The final status is acknowledged, or will never be (false).
     Reported(String, Box<Outcome>),
-    /// The pod is gone and nothing of it is left.
-    Finished(String),
+    /// The pod is gone and nothing of it is left but its logs; its outcome tells where they are.
+    Finished(String, Option<Box<Outcome>>),
 }
 
 /// How a worker begins.
@@ -209,8 +209,8 @@ impl Worker {
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,
             }
         }
-        self.clear_away().await;
-        let _ = self.notes.send(Note::Finished(self.record.uid().to_owned())).await;
+        let outcome = self.clear_away().await.map(Box::new);
+        let _ = self.notes.send(Note::Finished(self.record.uid().to_owned(), outcome)).await;
     }
 
     /// No container runs and none will start.

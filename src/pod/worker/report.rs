@@ -1,6 +1,6 @@
 //! What the API server is told of a pod, and what follows from its answer.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
@@ -56,7 +56,9 @@ impl Worker {
         if terminal && !self.ended {
             self.ended = true;
             self.record.last_status = Some(status.clone());
-            let _ = self.notes.try_send(Note::Ended(self.record.uid().to_owned()));
+            let outcome = Box::new(self.outcome(false, None));
+            // The manager reads these as fast as they come; one that is lost holds its resources until it is reported.
+            let _ = self.notes.try_send(Note::Ended(self.record.uid().to_owned(), outcome));
         }
         self.publisher.publish(status);
     }
@@ -87,17 +89,24 @@ impl Worker {
     }
 
     pub(super) async fn report(&self, acknowledged: bool) {
-        let outcome = self.outcome(acknowledged);
+        let outcome = self.outcome(acknowledged, None);
         let _ = self.notes.send(Note::Reported(self.record.uid().to_owned(), Box::new(outcome))).await;
     }
 
-    pub(super) fn outcome(&self, reported: bool) -> Outcome {
+    /// How the pod ended; `kept` is where its logs went, when its directory is gone.
+    fn outcome(&self, reported: bool, kept: Option<&Path>) -> Outcome {
         let status = self.record.last_status.clone().unwrap_or_else(|| self.status());
+        let meta = &self.record.pod.metadata;
+        let part = |text: &Option<String>| text.clone().unwrap_or_default();
+        let kept_name = directory::kept_name(&part(&meta.namespace), &part(&meta.name), self.record.uid());
         Outcome::new(&self.record.pod, &status, reported, |name| {
             let record = self.record.containers.get(name).cloned().unwrap_or_default();
-            let log = self.record.directory.as_ref().map_or_else(PathBuf::new, |directory| {
-                directory.join("containers").join(name).join("logs").join(format!("{}.log", record.restart))
-            });
+            let file = format!("{}.log", record.restart);
+            let log = match (kept, &self.record.directory) {
+                (Some(kept), _) => kept.join(format!("{kept_name}.{name}.{file}")),
+                (None, Some(directory)) => directory.join("containers").join(name).join("logs").join(file),
+                (None, None) => PathBuf::new(),
+            };
             (log, record.log_lines_lost)
         })
     }
@@ -112,16 +121,19 @@ impl Worker {
         }
     }
 
-    pub(super) async fn clear_away(&mut self) {
-        if let Some(found) = self.record.directory.clone() {
-            let uid = self.record.uid().to_owned();
-            let kept = self.context.places.kept.clone();
-            let path = found.clone();
-            let removed = tokio::task::spawn_blocking(move || directory::remove(&path, &uid, &kept)).await;
-            if let Ok(Err(error)) = removed {
-                tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
-            }
-        }
+    /// Removes the pod's directory and record; its outcome, with the place of its logs, if it had one.
+    pub(super) async fn clear_away(&self) -> Option<Outcome> {
         self.context.records.remove(self.record.uid());
+        let found = self.record.directory.clone()?;
+        let uid = self.record.uid().to_owned();
+        let kept = self.context.places.kept.clone();
+        let path = found.clone();
+        let removed = tokio::task::spawn_blocking(move || directory::remove(&path, &uid, &kept)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
+            return None;
+        }
+        let told = self.ended && self.reported;
+        told.then(|| self.outcome(self.publisher.state().refused.is_none(), Some(&self.context.places.kept)))
     }
 }
