@@ -5,10 +5,14 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod admission;
+mod bad_input;
 mod crash;
 mod deletion;
 mod ending;
+mod identity;
 mod privacy;
+mod restarts;
 mod scripts;
 mod seed;
 mod status;
