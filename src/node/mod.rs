@@ -37,7 +37,7 @@ const REGISTER_TRIES: u32 = 5;
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The API server refused or could not be reached.
-    #[error("Node {node}: {what} failed: {source}")]
+    #[error("Node {node}: {what} failed: {}", said(source))]
     Api {
         /// The Node.
         node: String,
@@ -80,6 +80,20 @@ impl NodeError {
     #[must_use]
     pub fn is_forbidden(&self) -> bool {
         matches!(self, Self::Api { source, .. } if code(source) == Some(403) || code(source) == Some(401))
+    }
+}
+
+/// What went wrong in the API server's own words; kube's would show the whole Status object.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if matches!(status.code, 401 | 403) => {
+            format!(
+                "{} (HTTP {}); the credential needs the rights of docs/cluster/",
+                status.message, status.code
+            )
+        }
+        kube::Error::Api(status) => format!("{} (HTTP {})", status.message, status.code),
+        other => crate::cluster::causes(other),
     }
 }
 
