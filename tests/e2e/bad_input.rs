@@ -61,7 +61,8 @@ fn what_was_typed_wrongly_is_named_and_exits_2() {
 #[test]
 fn a_kubeconfig_that_cannot_be_used_is_named_and_exits_1() {
     let directory = shared_directory();
-    let own = |content: &str| Options::new("kubeconfig").env("KUBECONFIG", &kubeconfig(directory.path(), content));
+    let own =
+        |content: &str| Options::new("kubeconfig").env("KUBECONFIG", &kubeconfig(directory.path(), content));
     let mends = "KUBECONFIG";
     refused(&own("clusters: [\n"), &["--walltime=300"], 1, &["kubeconfig", mends]);
     refused(&own("{}"), &["--walltime=300"], 1, &["kubeconfig", mends]);
@@ -78,7 +79,8 @@ fn a_kubeconfig_that_cannot_be_used_is_named_and_exits_1() {
 fn a_credential_that_is_expired_unknown_or_without_rights_is_refused_with_exit_1() {
     let namespace = Namespace::new("credential");
     let directory = shared_directory();
-    let own = |content: &str| Options::new("credential").env("KUBECONFIG", &kubeconfig(directory.path(), content));
+    let own =
+        |content: &str| Options::new("credential").env("KUBECONFIG", &kubeconfig(directory.path(), content));
 
     let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let old = json!({"exp": 1_600_000_000, "sub": "system:serviceaccount:a:b"});
@@ -107,7 +109,12 @@ fn a_port_in_use_is_named_and_exits_1() {
     let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let flag = format!("--port={port}");
-    refused(&Options::new("port"), &["--walltime=300", &flag], 1, &[&port.to_string(), "--port", "Address already in use"]);
+    refused(
+        &Options::new("port"),
+        &["--walltime=300", &flag],
+        1,
+        &[&port.to_string(), "--port", "Address already in use"],
+    );
 }
 
 #[test]
@@ -172,12 +179,7 @@ fn a_node_that_is_no_pilots_is_left_alone() {
     let name = unique("foreign");
     let nodes = api::cluster("nodes");
     nodes.create(&json!({"metadata": {"name": name, "labels": {"own": "yes"}}}));
-    refused(
-        &Options::new("foreign").env("NODENAME", &name),
-        &["--walltime=300"],
-        1,
-        &[&name, "--node-name"],
-    );
+    refused(&Options::new("foreign").env("NODENAME", &name), &["--walltime=300"], 1, &[&name, "--node-name"]);
     let labels = nodes.get(&name).unwrap()["metadata"]["labels"].clone();
     nodes.delete(&name, None);
     assert_eq!(labels, json!({"own": "yes"}));

@@ -28,7 +28,11 @@ fn a_script_that_fails_is_restarted_with_kubelets_back_off() {
     assert_eq!(Some(runs as u64), state["restartCount"].as_u64().map(|count| count + 1));
     let logs = pilot.pod_directory("p").join("containers/c1/logs");
     assert!(read(&logs.join("1.log")).contains("said"));
-    assert!(namespace.events("p").iter().any(|(reason, _)| reason == "BackOff"), "{:?}", namespace.events("p"));
+    assert!(
+        namespace.events("p").iter().any(|(reason, _)| reason == "BackOff"),
+        "{:?}",
+        namespace.events("p")
+    );
     namespace.of("pods").delete("p", None);
     namespace.wait_gone("p", seconds(20));
 }
@@ -61,19 +65,6 @@ fn a_program_that_is_not_there_ends_its_container_with_127_and_says_so() {
     assert_eq!(ended["reason"], "StartError", "{:#}", pod["status"]);
     let message = ended["message"].as_str().unwrap_or_default();
     assert!(message.contains("no-such-program") && message.contains("PATH"), "{message}");
-}
-
-#[test]
-fn a_script_without_an_interpreters_line_and_a_command_says_what_is_missing() {
-    let namespace = Namespace::new("no-line");
-    let pilot = Pilot::local(Options::new("no-line"), 600);
-    namespace.config_map("p", &[("run.sh", "exit 0\n")]);
-    let mut bare = container("c1", "p");
-    bare.as_object_mut().unwrap().remove("command");
-    namespace.pod_on(&pilot, "p", pod_spec("Never", &[bare]));
-    let pod = namespace.wait_phase("p", "Failed", seconds(30));
-    let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
-    assert!(ended["message"].as_str().unwrap_or_default().contains("#!"), "{:#}", pod["status"]);
 }
 
 #[test]
