@@ -61,3 +61,22 @@ fn a_killed_pilot_comes_back_and_reports_what_ended_meanwhile_and_what_still_run
     assert_eq!(exit_code("p5", "Failed"), 5);
     assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 3, "nothing ran twice");
 }
+
+#[test]
+fn a_pilot_that_crashes_again_and_again_is_given_up_and_leaves_nothing_running() {
+    let namespace = Namespace::new("give-up");
+    let mut pilot = Pilot::local(Options::new("give-up"), 600);
+    namespace.script_on(&pilot, "p", "(setsid sleep 3651 &)\nsleep 3652\n");
+    namespace.wait_phase("p", "Running", seconds(30));
+    let mut last = None;
+    for _ in 0..4 {
+        let next = wait_for("a pilot to kill", seconds(30), || {
+            pilot.stages("pilot").first().copied().filter(|next| Some(*next) != last)
+        });
+        kill(Pid::from_raw(next), Signal::SIGKILL).unwrap();
+        last = Some(next);
+    }
+    assert_eq!(pilot.wait_exit(seconds(20)), Some(1), "{}", pilot.output());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+    assert!(pilot.output().contains("crashed"), "{}", pilot.output());
+}

@@ -5,12 +5,19 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod admission;
+mod bad_input;
 mod crash;
 mod deletion;
 mod ending;
+mod environment;
+mod full_disk;
+mod identity;
 mod privacy;
+mod restarts;
 mod scripts;
 mod seed;
+mod signals;
 mod status;
 mod volumes;
 mod walltime;

@@ -1,6 +1,6 @@
 //! What a pod's status says of what its scripts did.
 
-use crate::harness::{Namespace, Options, Pilot, read, seconds};
+use crate::harness::{Namespace, Options, Pilot, bed, read, seconds, wait_until};
 
 #[test]
 fn a_script_that_exits_7_makes_its_pod_failed_with_exit_code_7() {
@@ -35,4 +35,32 @@ fn two_hundred_lines_of_output_are_all_in_the_log_in_order() {
         log.lines().filter_map(|line| line.split_once(" stdout F ")).map(|(_, l)| l).collect();
     let wanted: Vec<String> = (1..=200).map(|number| format!("line {number}")).collect();
     assert_eq!(lines, wanted);
+}
+
+#[test]
+fn kubectl_describe_tells_a_pods_story() {
+    let namespace = Namespace::new("story");
+    let pilot = Pilot::local(Options::new("story"), 600);
+    namespace.script_on(&pilot, "p", "sleep 600\n");
+    namespace.wait_phase("p", "Running", seconds(30));
+    namespace.of("pods").delete("p", Some(2));
+    namespace.wait_gone("p", seconds(20));
+    wait_until("the events of a life", seconds(10), || {
+        let events = namespace.events("p");
+        let has = |reason: &str, text: &str| events.iter().any(|(r, m)| r == reason && m.contains(text));
+        has("Scheduled", "")
+            && has("Started", "Started container c1")
+            && has("Killing", "Stopping container c1")
+    });
+
+    namespace.script_on(&pilot, "q", "echo hello; exit 2\n");
+    namespace.wait_phase("q", "Failed", seconds(30));
+    let described = bed().kubectl(&["-n", &namespace.name, "describe", "pod", "q"]).text;
+    for wanted in ["Exit Code:    2", "Started container c1", "QoS Class"] {
+        assert!(described.contains(wanted), "{wanted:?} is not in {described}");
+    }
+    let node = bed().kubectl(&["describe", "node", &pilot.node]).text;
+    for wanted in ["jiriaf.site=", "virtual-kubelet.io/provider=mock:NoSchedule", "Ready", "InternalIP"] {
+        assert!(node.contains(wanted), "{wanted:?} is not in {node}");
+    }
 }

@@ -77,6 +77,9 @@ pub enum SetupError {
     /// A setting is no good.
     #[error("{0}")]
     Setting(String),
+    /// A setting is well formed, and this host cannot do what it says.
+    #[error("{0}")]
+    Host(String),
     /// A place on disk is no good.
     #[error("{what} {path}: {problem}; {mend}", path = path.display())]
     Place {
@@ -257,7 +260,7 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         None => {
             let (host, port) = kube.host_port();
             node::info::advertise_address(&host, port).await.map_err(|error| {
-                SetupError::Setting(format!(
+                SetupError::Host(format!(
                     "this host's address on the route to {host}:{port} cannot be found ({error}); name it with --advertise-address"
                 ))
             })?
@@ -413,8 +416,8 @@ pub(in crate::commands) fn take_port(port: u16) -> Result<Option<OwnedFd>, Setup
         Ok(socket)
     };
     taken().map(Some).map_err(|error| {
-        SetupError::Setting(format!(
-            "invalid value '{port}' for '--port' (KUBELET_PORT): {}; a free port is wanted, or 0",
+        SetupError::Host(format!(
+            "port {port} of --port (KUBELET_PORT) cannot be taken: {}; name a free port, or 0",
             error.desc()
         ))
     })

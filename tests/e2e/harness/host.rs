@@ -77,6 +77,48 @@ fn user_environment(user: &str) -> Command {
     command
 }
 
+/// A small file system of its own in memory, where every user can write. Unmounted at drop.
+pub struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    /// One of so many KiB, with more options of mount(8) or none.
+    pub fn new(kib: u32, options: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let options = format!("size={kib}k,mode=0777{}{options}", if options.is_empty() { "" } else { "," });
+        let mut mount = Command::new("mount");
+        let output = run(mount.args(["-t", "tmpfs", "-o", &options, "jiriaf-test"]).arg(directory.path()));
+        assert!(output.success, "mount: {}", output.text);
+        std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).ok();
+        Self(directory)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &std::path::Path {
+        self.0.path()
+    }
+
+    /// Leaves no room on it.
+    pub fn fill(&self) {
+        let mut file = std::fs::File::create(self.path().join("full")).unwrap();
+        while file.write_all(&[b'x'; 4096]).is_ok() {}
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: a failed test's pilot may still be there.
+        let _ = run(Command::new("umount").arg("-l").arg(self.path()));
+    }
+}
+
+/// A directory that every user can read, for files that a test writes.
+pub fn shared_directory() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    directory
+}
+
 /// A user's home directory.
 pub fn home(user: &str) -> PathBuf {
     // As useradd makes it on Debian.

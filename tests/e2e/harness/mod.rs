@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-pub use host::{Output, as_user, marked, run};
+pub use host::{Output, Tmpfs, as_user, marked, run, shared_directory};
 pub use namespace::{Namespace, container, job, pod_spec};
 pub use pbs::PbsJob;
 pub use pilot::{JobState, Options, Pilot, condition, slurm};

@@ -141,9 +141,14 @@ impl Pilot {
 
     /// As [`Pilot::local`], without waiting.
     pub fn start_local(options: &Options, walltime: u32) -> Self {
+        Self::start_run(options, &[&format!("--walltime={walltime}")])
+    }
+
+    /// Starts `jiriaf-pilot run` by hand with these arguments and the options' own, without waiting.
+    pub fn start_run(options: &Options, arguments: &[&str]) -> Self {
         let binary = bed().binary();
         let mut command = as_user_without_limit(ALICE, binary.to_str().unwrap());
-        command.arg("run").arg(format!("--walltime={walltime}")).args(&options.arguments);
+        command.arg("run").args(arguments).args(&options.arguments);
         Self::start(options, command)
     }
 

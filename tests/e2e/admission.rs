@@ -1,0 +1,63 @@
+//! Pods that come to a Node past the scheduler, and which it does not take.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Namespace, Options, Pilot, condition, container, pod_spec, seconds};
+
+/// Binds a pod of this spec to the pilot's Node as somebody who names the Node does, and waits until it is
+/// refused.
+fn refused(namespace: &Namespace, pilot: &Pilot, name: &str, change: Value) -> Value {
+    let mut spec = pod_spec("Never", &[container("c1", "work")]);
+    spec["nodeName"] = pilot.node.as_str().into();
+    spec["tolerations"] = json!([{"operator": "Exists"}]);
+    for (field, value) in change.as_object().unwrap() {
+        spec[field] = value.clone();
+    }
+    namespace.of("pods").create(&json!({"metadata": {"name": name}, "spec": spec}));
+    let pod = namespace.wait_phase(name, "Failed", seconds(30));
+    assert!(
+        pod["status"]["message"].as_str().unwrap_or_default().starts_with("Pod was rejected: "),
+        "{:#}",
+        pod["status"]
+    );
+    // Nothing ran, and Kubernetes' own conditions do not say otherwise.
+    assert_ne!(condition(&pod, "Ready")["status"], "True", "{:#}", pod["status"]);
+    assert!(!pilot.pod_directory(name).exists());
+    pod
+}
+
+#[test]
+fn pods_that_do_not_fit_the_node_fail_with_kubelets_reasons() {
+    let namespace = Namespace::new("misfit");
+    namespace.config_map("work", &[("run.sh", "exit 0\n")]);
+    let pilot = Pilot::local(Options::new("misfit"), 600);
+    let pod = refused(&namespace, &pilot, "elsewhere", json!({"nodeSelector": {"jiriaf.site": "elsewhere"}}));
+    assert_eq!(pod["status"]["reason"], "NodeAffinity", "{:#}", pod["status"]);
+
+    let mut large = container("c1", "work");
+    large["resources"] = json!({"requests": {"cpu": "1000"}});
+    let pod = refused(&namespace, &pilot, "large", json!({"containers": [large]}));
+    assert_eq!(pod["status"]["reason"], "OutOfcpu", "{:#}", pod["status"]);
+    assert!(pod["status"]["message"].as_str().unwrap().contains("requested: 1000000"), "{:#}", pod["status"]);
+
+    // What it has no way to run it says by name.
+    let init = json!({"initContainers": [container("first", "work")]});
+    let pod = refused(&namespace, &pilot, "init", init);
+    assert!(pod["status"]["message"].as_str().unwrap().contains("initContainers"), "{:#}", pod["status"]);
+    // It takes what fits, as before.
+    namespace.script_on(&pilot, "fits", "exit 0\n");
+    namespace.wait_phase("fits", "Succeeded", seconds(30));
+}
+
+#[test]
+fn a_pilot_of_some_namespaces_takes_no_pods_of_others() {
+    let (own, other) = (Namespace::new("own-ns"), Namespace::new("other-ns"));
+    let pilot = Pilot::local(Options::new("namespaces").env("JIRIAF_NAMESPACES", &own.name), 600);
+    own.script_on(&pilot, "p", "exit 0\n");
+    own.wait_phase("p", "Succeeded", seconds(30));
+    other.script_on(&pilot, "q", "exit 0\n");
+    let pod = other.wait_phase("q", "Failed", seconds(30));
+    let message = pod["status"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("--namespaces") && message.contains(&other.name), "{:#}", pod["status"]);
+    assert!(!pilot.pod_directory("q").exists());
+}

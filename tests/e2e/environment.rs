@@ -1,0 +1,136 @@
+//! What a script finds in its environment and beside it.
+
+use serde_json::json;
+
+use crate::harness::{Namespace, Options, Pilot, api, container, pod_spec, read, seconds, wait_until};
+
+#[test]
+fn a_script_sees_what_env_and_env_from_name_and_nothing_of_the_pilots_secrets() {
+    let namespace = Namespace::new("env");
+    let options = Options::new("env").env("SITE_MODULE", "loaded").env("OTHER_TOKEN", "of-the-pilot");
+    let pilot = Pilot::local(options, 600);
+    namespace.of("configmaps").create(&json!({"metadata": {"name": "settings"},
+        "data": {"color": "blue", "size": "large"}}));
+    namespace.of("secrets").create(&json!({"metadata": {"name": "keys"},
+        "stringData": {"key": "s3cr3t", "other": "0ther"}}));
+    namespace.config_map("p", &[("run.sh", "env -0 >seen; printf '%s\\n' \"$@\" >arguments\n")]);
+    let mut sees = container("c1", "p");
+    sees["args"] = json!(["$(COLOR)", "${KEY}", "$UNSET", "$$(COLOR)", "~/x"]);
+    sees["resources"] = json!({"requests": {"memory": "64Mi"}, "limits": {"cpu": "1"}});
+    sees["envFrom"] = json!([{"prefix": "CM_", "configMapRef": {"name": "settings"}},
+        {"secretRef": {"name": "keys"}},
+        {"configMapRef": {"name": "not-there", "optional": true}}]);
+    sees["env"] = json!([
+        {"name": "COLOR", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "color"}}},
+        {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "key"}}},
+        {"name": "NONE", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "no", "optional": true}}},
+        {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+        {"name": "TEAM", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['team']"}}},
+        {"name": "CPUS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
+        {"name": "MIB", "valueFrom": {"resourceFieldRef": {"resource": "requests.memory", "divisor": "1Mi"}}},
+        {"name": "BOTH", "value": "$(COLOR)-$(POD)"},
+    ]);
+    let mut spec = pod_spec("Never", &[sees]);
+    pilot.place(&mut spec);
+    namespace
+        .of("pods")
+        .create(&json!({"metadata": {"name": "p", "labels": {"team": "physics"}}, "spec": spec}));
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+
+    let directory = pilot.pod_directory("p").join("containers/c1");
+    let seen = read(&directory.join("seen"));
+    let seen: Vec<&str> = seen.split('\0').collect();
+    let node = format!("NODE={}", pilot.node);
+    for wanted in [
+        "COLOR=blue",
+        "KEY=s3cr3t",
+        "POD=p",
+        &node,
+        "TEAM=physics",
+        "CPUS=1",
+        "MIB=64",
+        "BOTH=blue-p",
+        "CM_color=blue",
+        "CM_size=large",
+        "key=s3cr3t",
+        "other=0ther",
+        "SITE_MODULE=loaded",
+    ] {
+        assert!(seen.contains(&wanted), "{wanted} is not in {seen:#?}");
+    }
+    for name in ["KUBECONFIG", "JIRIAF_SITE", "OTHER_TOKEN", "NONE"] {
+        assert!(seen.iter().all(|line| !line.starts_with(&format!("{name}="))), "{name} is in {seen:#?}");
+    }
+    for name in ["JIRIAF_POD_DIR", "JIRIAF_CONTAINER_DIR", "JIRIAF_DRAIN_TIME"] {
+        assert!(seen.iter().any(|line| line.starts_with(&format!("{name}="))), "{name} is not in {seen:#?}");
+    }
+    let home = format!("{}/x", pilot.home.display());
+    let arguments = read(&directory.join("arguments"));
+    assert_eq!(arguments.lines().collect::<Vec<_>>(), ["blue", "s3cr3t", "$UNSET", "$(COLOR)", &home]);
+}
+
+#[test]
+fn a_missing_key_keeps_the_container_waiting_until_it_is_there() {
+    let namespace = Namespace::new("key");
+    let pilot = Pilot::local(Options::new("key"), 600);
+    namespace.config_map("settings", &[("other", "x")]);
+    namespace.config_map("p", &[("run.sh", "[ \"$WANTED\" = late ]\n")]);
+    let mut waits = container("c1", "p");
+    waits["env"] =
+        json!([{"name": "WANTED", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "wanted"}}}]);
+    namespace.pod_on(&pilot, "p", pod_spec("Never", &[waits]));
+    wait_until("kubelet's reason", seconds(20), || {
+        let pod = namespace.pod("p").unwrap_or_default();
+        pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+    });
+    namespace.of("configmaps").merge("settings", &json!({"data": {"wanted": "late"}}));
+    namespace.wait_phase("p", "Succeeded", seconds(60));
+}
+
+/// A pod with the volume that the API server gives to every pod.
+fn with_token(namespace: &Namespace, pilot: &Pilot, script: &str) {
+    namespace.config_map("p", &[("run.sh", script)]);
+    let mut spec = pod_spec("Never", &[container("c1", "p")]);
+    spec.as_object_mut().unwrap().remove("automountServiceAccountToken");
+    namespace.pod_on(pilot, "p", spec);
+}
+
+/// Where Kubernetes mounts it, below the container's directory.
+const ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
+
+#[test]
+fn a_pod_has_a_token_a_ca_and_its_namespace_where_kubernetes_mounts_them() {
+    let namespace = Namespace::new("token");
+    let pilot = Pilot::local(Options::new("token"), 600);
+    with_token(&namespace, &pilot, &format!("cp {ACCOUNT}/* $JIRIAF_POD_DIR/\n"));
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let directory = pilot.pod_directory("p");
+    assert_eq!(read(&directory.join("namespace")), namespace.name);
+    assert!(read(&directory.join("ca.crt")).starts_with("-----BEGIN CERTIFICATE-----"));
+    let token = read(&directory.join("token"));
+    assert_eq!(token.split('.').count(), 3, "a JWT");
+}
+
+#[test]
+fn a_token_that_is_denied_is_left_out_and_an_event_says_so() {
+    let namespace = Namespace::new("denied");
+    // The rights of a site that gives no tokens: those of the workload role, less serviceaccounts/token.
+    api::grouped("rbac.authorization.k8s.io/v1", &namespace.name, "rolebindings")
+        .delete("jiriaf-pilot", None);
+    api::grouped("rbac.authorization.k8s.io/v1", &namespace.name, "roles").create(&json!({
+        "metadata": {"name": "no-tokens"},
+        "rules": [{"apiGroups": [""], "resources": ["configmaps", "secrets"], "verbs": ["get"]}]}));
+    api::grouped("rbac.authorization.k8s.io/v1", &namespace.name, "rolebindings").create(&json!({
+        "metadata": {"name": "no-tokens"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "no-tokens"},
+        "subjects": [{"kind": "ServiceAccount", "name": "jiriaf-pilot", "namespace": "jiriaf"}]}));
+    let pilot = Pilot::local(Options::new("denied"), 600);
+    with_token(&namespace, &pilot, &format!("[ ! -e {ACCOUNT}/token ] && [ -s {ACCOUNT}/ca.crt ]\n"));
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    wait_until("an event says so", seconds(10), || {
+        namespace.events("p").iter().any(|(reason, message)| {
+            reason == "FailedToRetrieveToken" && message.contains("serviceaccounts/token")
+        })
+    });
+}
