@@ -290,7 +290,8 @@ pub fn main() -> ExitCode {
             };
             block_on(commands::allocation::run(allocation.output == Output::Json, walltime))
         }),
-        Command::Check(run) => with_log("warn", || commands::check::run(*run)),
+        // kube's client logs what the table says better.
+        Command::Check(run) => with_log("warn,kube_client=off", || commands::check::run(*run)),
         Command::Clean(clean) => with_log(&cli.log, || commands::clean::run(&clean)),
     }
 }
