@@ -152,9 +152,11 @@ fn a_live_pilots_is_kept_whether_it_holds_its_lock_or_its_guardian_restarts_it()
     let lock = place.pilot("locked", &locked, &dead());
     lock.try_lock().unwrap();
     drop(place.pilot("guarded", &guarded, &alive()));
-    // Its marker's process is gone: it is a pilot of before a crash.
-    let pods =
-        [place.pod("p1", &locked, "n1", "locked", &dead()), place.pod("p2", &guarded, "n1", "x", &alive())];
+    // The markers' processes are gone, as that of a pilot of before a crash is.
+    let pods = [
+        place.pod("p1", &locked, "n1", "locked", &dead()),
+        place.pod("p2", &guarded, "n1", "guarded", &dead()),
+    ];
     let mut container = Container::start(&format!("locked/{locked}/c/0"));
     let before = place.all();
     let output = place.clean(&[]);

@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+/// How much of a value is shown: what a proxy answers instead of an API server may be a whole page.
+const VALUE: usize = 400;
+
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
@@ -59,13 +62,10 @@ pub fn render(findings: &[Finding]) -> String {
     let mut text = String::new();
     for finding in findings {
         let arrow = if finding.mend.is_empty() { "" } else { " -> " };
-        let line = format!(
-            "{:<5} {:width$}  {}{arrow}{}",
-            finding.verdict.word(),
-            finding.thing,
-            finding.value,
-            finding.mend
-        );
+        let cut = finding.value.char_indices().nth(VALUE).map(|(at, _)| &finding.value[..at]);
+        let value = cut.map_or_else(|| finding.value.clone(), |cut| format!("{cut}..."));
+        let line =
+            format!("{:<5} {:width$}  {value}{arrow}{}", finding.verdict.word(), finding.thing, finding.mend);
         // What an API server or the kernel says may hold line ends and worse.
         let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         let _ = writeln!(text, "{}", line.trim_end());
@@ -84,6 +84,12 @@ pub fn passes(findings: &[Finding]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_is_cut_and_the_mend_still_shown() {
+        let text = render(&[Finding::fail("API server", "\u{e9}".repeat(5_000), "start it")]);
+        assert!(text.chars().count() < 500 && text.contains("... -> start it"), "{text}");
+    }
 
     #[test]
     fn each_finding_is_one_line() {

@@ -38,7 +38,15 @@ pub struct Right {
     lack: Verdict,
     /// What cannot be done without it.
     without: &'static str,
+    /// The way out.
+    mend: &'static str,
 }
+
+const GRANT: &str = "grant it as docs/cluster/ does";
+
+/// Where nobody has said in which namespaces the work will be.
+const GRANT_OR_NAME: &str =
+    "bind the Role of docs/cluster/ in each workload namespace; name those with --namespaces to look at them";
 
 impl Right {
     fn new(verb: &'static str, group: &'static str, resource: &'static str) -> Self {
@@ -53,6 +61,7 @@ impl Right {
             selector: None,
             lack: Verdict::Fail,
             without: "",
+            mend: GRANT,
         }
     }
 
@@ -147,10 +156,13 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
         rights.push(right.without(Verdict::Warn, "kubectl describe says less"));
     }
     let assumed = ["default".to_owned()];
-    let (namespaces, lack) =
-        if namespaces.is_empty() { (&assumed[..], Verdict::Warn) } else { (namespaces, Verdict::Fail) };
+    let (namespaces, lack, mend) = if namespaces.is_empty() {
+        (&assumed[..], Verdict::Warn, GRANT_OR_NAME)
+    } else {
+        (namespaces, Verdict::Fail, GRANT)
+    };
     for namespace in namespaces.iter().take(NAMESPACES) {
-        let within = |verb, resource| Right::new(verb, "", resource).within(namespace);
+        let within = |verb, resource| Right { mend, ..Right::new(verb, "", resource).within(namespace) };
         rights.push(within("get", "configmaps").without(lack, "pods there get no scripts"));
         rights.push(
             within("get", "secrets").without(Verdict::Warn, "pods there that use a Secret do not start"),
@@ -208,7 +220,7 @@ pub fn judge_needed(answers: &[(Right, Result<bool, String>)], is_node: bool) ->
         let mend = if per_object {
             "a node's identity is allowed this for its own pods alone; see docs/cluster/"
         } else {
-            "grant it as docs/cluster/ does"
+            right.mend
         };
         findings.push(Finding {
             verdict,

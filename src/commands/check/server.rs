@@ -93,7 +93,7 @@ async fn port(kube: &Kube, findings: &mut Vec<Finding>) -> Result<(), Finding> {
     for address in found {
         problem = match timeout(PORT_LIMIT, TcpStream::connect(address)).await {
             Ok(Ok(_)) => {
-                findings.push(Finding::ok(thing, format!("{host} is {}, port {port} open", address.ip())));
+                findings.push(Finding::ok(thing, format!("{host} takes connections at {address}")));
                 return Ok(());
             }
             Ok(Err(error)) => format!("{address}: {error}"),

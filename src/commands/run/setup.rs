@@ -393,7 +393,8 @@ pub(in crate::commands) fn private(what: &'static str, path: &Path) -> Result<()
         .map_err(|error| place(what, path, &error, "choose another place with --state-dir"))
 }
 
-fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
+/// Takes the lock that says that the owner of a state directory lives, until it is dropped; `clean` goes by it.
+pub(in crate::commands) fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
     let path = state_dir.join("lock");
     let mend =
         "another pilot on this host has this Node's name; give this one another with --node-name (NODENAME)";
