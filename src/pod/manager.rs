@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::Context;
-use super::events::Kind;
+use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::publisher::Publisher;
 use super::record::Record;
@@ -261,7 +261,7 @@ impl State {
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     (entry.ended, entry.reported) = (true, true);
                     let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
-                    self.context.events.record(&entry.pod, None, kind, "PodEnded", &outcome.summary());
+                    self.context.events.record(&entry.pod, None, kind, ENDED, &outcome.summary());
                 }
                 self.remember(*outcome);
             }
