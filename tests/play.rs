@@ -1,5 +1,7 @@
 //! `jiriaf-pilot play`, the real binary upon real manifests: what it prints, what it returns, and that nothing is left.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
