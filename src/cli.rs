@@ -40,6 +40,10 @@ enum Command {
     #[command(hide = true)]
     Pilot(Box<RunArgs>),
     /// Runs the Pods and Jobs of Kubernetes manifests here and now, with no cluster and no batch system.
+    ///
+    /// A Pod that names no restartPolicy is run once (Never); one that says Always is restarted until Ctrl-C, as on a cluster.
+    /// nodeSelector, affinity and tolerations are not looked at. The exit code is 0 when all Pods and Jobs succeed, else that
+    /// of the first container that failed.
     Play(Box<PlayArgs>),
     /// Prints what the batch system granted, and where each fact was learnt.
     Allocation(AllocationArgs),
@@ -136,10 +140,6 @@ pub struct PodArgs {
 }
 
 /// Settings of `play`.
-///
-/// A Pod that names no restartPolicy is run once (Never); one that says Always is restarted until Ctrl-C, as on a cluster.
-/// nodeSelector, affinity and tolerations are not looked at. The exit code is 0 when all Pods and Jobs succeed, else that
-/// of the first container that failed.
 #[derive(Debug, Args)]
 pub struct PlayArgs {
     /// Manifests with Pods, Jobs and the ConfigMaps and Secrets that they use; `-` is standard input.

@@ -116,14 +116,22 @@ async fn play(args: &PlayArgs, manifests: Manifests) -> ExitCode {
         Err(error) => return fail(&error, 1),
     };
     watch_over(&mut stage, &mut work, &printer, &mut signals).await;
-    clear_away(&mut stage, &printer).await;
-    show::result(&work, &stage, &printer).await;
     let code = work.exit_code();
+    let last = async {
+        clear_away(&mut stage, &mut work, &printer).await;
+        show::result(&work, &stage, &printer).await;
+        printer.finish().await;
+    };
+    // A terminal that takes nothing holds up the last lines and the table, until somebody has enough of it.
     tokio::select! {
-        () = printer.finish() => {}
-        _ = signals.until_end() => {}
+        () = last => {}
+        () = interrupted(&mut signals) => {}
     }
     ExitCode::from(code)
+}
+
+async fn interrupted(signals: &mut Signals) {
+    while signals.next().await != Signal::Interrupt {}
 }
 
 /// A drain under way.
@@ -228,10 +236,11 @@ async fn next_line(
 }
 
 /// Waits until the directories of ended pods are gone and their logs are kept, then shows what is left to show.
-async fn clear_away(stage: &mut Stage, printer: &Printer) {
+async fn clear_away(stage: &mut Stage, work: &mut Work, printer: &Printer) {
     let mut counts = stage.manager.counts();
     let _ = tokio::time::timeout(CLEAR_LIMIT, counts.wait_for(|counts| counts.known == 0)).await;
     while let Ok(line) = stage.output.try_recv() {
+        work.on_line(Some(&line));
         if printer.show.send(Show::Line(line)).await.is_err() {
             break;
         }

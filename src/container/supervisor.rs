@@ -106,6 +106,8 @@ struct Supervisor {
     over: Option<Instant>,
     drain_at: Option<SystemTime>,
     alone_since: Option<Instant>,
+    /// How long the end is kept while nobody is connected: not at all where nobody will come back.
+    keep: Duration,
     done: bool,
 }
 
@@ -149,6 +151,7 @@ impl Supervisor {
             over: None,
             drain_at: None,
             alone_since: None,
+            keep: KEEP_LIMIT,
             done: false,
         })
     }
@@ -232,7 +235,7 @@ impl Supervisor {
             add(kill_at.saturating_duration_since(now));
         }
         if let Some(over) = self.over {
-            add((over + KEEP_LIMIT).saturating_duration_since(now));
+            add((over + self.kept()).saturating_duration_since(now));
         }
         if let (Some(since), Some(running)) = (self.alone_since, &self.running) {
             add((since + running.orphan_timeout).saturating_duration_since(now));
@@ -322,6 +325,9 @@ impl Supervisor {
             return;
         }
         self.drain_at = spec.drain_at;
+        if spec.orphan_timeout.is_zero() {
+            self.keep = Duration::ZERO;
+        }
         match spawn(&spec) {
             Ok(running) => self.running = Some(running),
             Err(error) => {
@@ -454,11 +460,15 @@ impl Supervisor {
         self.tell(event);
     }
 
+    fn kept(&self) -> Duration {
+        if self.peers.is_empty() { self.keep } else { KEEP_LIMIT }
+    }
+
     // ---- the clock -------------------------------------------------------------------------------------------
 
     fn on_clock(&mut self) {
         let now = Instant::now();
-        if self.over.is_some_and(|over| now >= over + KEEP_LIMIT) {
+        if self.over.is_some_and(|over| now >= over + self.kept()) {
             self.done = true;
             return;
         }

@@ -15,6 +15,9 @@ const QUEUE: usize = 512;
 /// An event's note holds at most 1,024 bytes (events.k8s.io/v1).
 const NOTE_BYTES: usize = 1024;
 
+/// The reason of the event that tells how a pod ended.
+pub const ENDED: &str = "PodEnded";
+
 /// Whether an event is a complaint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -66,11 +69,11 @@ impl Events {
         })
     }
 
-    /// Writes complaints to the log; for `play`.
+    /// Writes complaints to the log; for `play`. How a pod ended stands in the table.
     #[must_use]
     pub fn to_log() -> Self {
         Self::with(|entry| async move {
-            if entry.kind == Kind::Warning {
+            if entry.kind == Kind::Warning && entry.reason != ENDED {
                 let pod = entry.about.name.unwrap_or_default();
                 tracing::warn!(pod, reason = entry.reason, "{}", entry.message);
             }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::Context;
-use super::events::Kind;
+use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::publisher::Publisher;
 use super::record::Record;
@@ -269,7 +269,7 @@ impl State {
                     (entry.ended, entry.reported) = (true, true);
                     entry.outcome = None;
                     let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
-                    self.context.events.record(&entry.pod, None, kind, "PodEnded", &outcome.summary());
+                    self.context.events.record(&entry.pod, None, kind, ENDED, &outcome.summary());
                 }
                 self.remember(*outcome);
             }

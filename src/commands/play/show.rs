@@ -48,7 +48,7 @@ fn with_kept_logs(outcome: &mut Outcome, kept: &std::path::Path) {
     for container in &mut outcome.containers {
         let Some(file) = container.log.file_name() else { continue };
         let log = kept.join(format!("{name}.{}.{}", container.name, file.display()));
-        if log.exists() {
+        if !container.log.exists() {
             container.log = log;
         }
     }

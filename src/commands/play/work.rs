@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::time::Instant;
 
@@ -18,8 +18,11 @@ use crate::pod::context::OutputLine;
 use crate::pod::outcome::{Outcome, REMEMBERED};
 use crate::pod::source::PodEvent;
 
-/// How long a container may wait for its start. Nobody adds what is missing, so this is for slow file systems alone.
-const START_LIMIT: Duration = Duration::from_secs(15);
+/// How long a pod's directory and files may take, on a slow file system.
+const CREATING_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long a container may wait for anything else: a script or a key that is not there, and that nobody will add.
+const OTHER_LIMIT: Duration = Duration::from_secs(2);
 
 /// terminationGracePeriodSeconds when a pod names none (core/v1).
 const GRACE_SECONDS: i64 = 30;
@@ -31,12 +34,18 @@ const MISSING: usize = 100;
 struct Live {
     pod: Pod,
     job: Option<(usize, Slot)>,
-    /// Since when some container waits for its start.
-    waits: Option<Instant>,
-    /// Why it waits.
-    why: String,
+    /// The container that waits for its start.
+    waits: Option<Waits>,
     deleted: bool,
-    restarts: u32,
+    /// The exit code of the first run that failed; a restart hides it.
+    failed: Option<u8>,
+}
+
+/// A container that waits for its start.
+struct Waits {
+    since: Instant,
+    limit: Duration,
+    why: String,
 }
 
 /// All work of a `play`.
@@ -157,7 +166,7 @@ impl Work {
             Ok(()) => {
                 let uid = pod.metadata.uid.clone().unwrap_or_default();
                 let _ = stage.events.send(PodEvent::Applied(Box::new(pod.clone()))).await;
-                let live = Live { pod, job, waits: None, why: String::new(), deleted: false, restarts: 0 };
+                let live = Live { pod, job, waits: None, deleted: false, failed: None };
                 self.live.insert(uid, live);
                 Ok(())
             }
@@ -171,7 +180,7 @@ impl Work {
                     ..PodStatus::default()
                 };
                 let outcome = Outcome::new(&pod, &status, true, |_| Default::default());
-                self.record(outcome, job, stage).await;
+                self.record(outcome, job, None, stage).await;
                 Ok(())
             }
         }
@@ -181,23 +190,26 @@ impl Work {
     pub async fn on_status(&mut self, uid: &str, status: PodStatus, stage: &Stage) {
         let Some(live) = self.live.get_mut(uid) else { return };
         let containers = || status.container_statuses.iter().flatten();
-        live.restarts = containers().map(|c| u32::try_from(c.restart_count).unwrap_or(0)).sum();
+        let restarts: u32 = containers().map(|c| u32::try_from(c.restart_count).unwrap_or(0)).sum();
+        if live.failed.is_none() {
+            live.failed = containers().find_map(failed_run);
+        }
         let waiting = containers().find_map(|container| {
             let waiting = container.state.as_ref()?.waiting.as_ref()?;
             // Such a container has run, and will run again.
             (waiting.reason.as_deref() != Some("CrashLoopBackOff")).then_some((container, waiting))
         });
-        match waiting {
-            Some((container, waiting)) => {
-                live.waits.get_or_insert_with(Instant::now);
-                let reason = waiting.reason.as_deref().unwrap_or("waiting");
-                let message = waiting.message.as_deref().unwrap_or_default();
-                live.why = format!("{}: {reason}: {message}", container.name);
+        live.waits = waiting.map(|(container, waiting)| {
+            let reason = waiting.reason.as_deref().unwrap_or("ContainerCreating");
+            let message = waiting.message.as_deref().unwrap_or_default();
+            Waits {
+                since: live.waits.as_ref().map_or_else(Instant::now, |waits| waits.since),
+                limit: if reason == "ContainerCreating" { CREATING_LIMIT } else { OTHER_LIMIT },
+                why: format!("{}: {reason}: {message}", container.name),
             }
-            None => live.waits = None,
-        }
+        });
         if let Some((index, _)) = live.job
-            && self.jobs[index].is_past_limit(live.restarts)
+            && self.jobs[index].is_past_limit(restarts)
             && !live.deleted
         {
             self.jobs[index].fail();
@@ -218,14 +230,12 @@ impl Work {
     /// Ends pods whose containers cannot start; what to say of each.
     pub async fn give_up_waiting(&mut self, stage: &Stage, now: Instant) -> Vec<String> {
         let mut texts = Vec::new();
-        for live in self.live.values_mut() {
-            if live.waits.is_some_and(|since| now.duration_since(since) > START_LIMIT) && !live.deleted {
-                texts.push(format!(
-                    "{}: {}: not started within {} s, given up",
-                    name(&live.pod),
-                    live.why.trim_end_matches([':', ' ']),
-                    START_LIMIT.as_secs()
-                ));
+        for live in self.live.values_mut().filter(|live| !live.deleted) {
+            let Some(waits) = &live.waits else { continue };
+            if now.duration_since(waits.since) > waits.limit {
+                let why = waits.why.trim_end_matches([':', ' ']);
+                texts.push(format!("{}: {why}; it cannot start and is given up", name(&live.pod)));
+                live.failed = Some(1);
                 delete(live, stage).await;
             }
         }
@@ -240,16 +250,22 @@ impl Work {
         for outcome in stage.manager.summary().await.outcomes {
             let Some(live) = self.live.remove(&outcome.uid) else { continue };
             let _ = stage.events.send(PodEvent::Deleted(outcome.uid.clone())).await;
-            self.record(outcome, live.job, stage).await;
+            self.record(outcome, live.job, live.failed, stage).await;
         }
     }
 
-    async fn record(&mut self, outcome: Outcome, job: Option<(usize, Slot)>, stage: &Stage) {
+    async fn record(
+        &mut self,
+        outcome: Outcome,
+        job: Option<(usize, Slot)>,
+        code: Option<u8>,
+        stage: &Stage,
+    ) {
         let succeeded = outcome.phase == "Succeeded";
         if !succeeded
             && !self.failures.iter().any(|(failed, _)| failed.is_some() && *failed == job.map(|j| j.0))
         {
-            self.failures.push((job.map(|(index, _)| index), failed_code(&outcome)));
+            self.failures.push((job.map(|(index, _)| index), code.unwrap_or_else(|| failed_code(&outcome))));
         }
         if self.outcomes.len() >= REMEMBERED {
             self.outcomes.pop_front();
@@ -270,6 +286,13 @@ impl Work {
             }
         }
     }
+}
+
+/// The exit code of a container's last or current run, where it failed.
+fn failed_run(container: &ContainerStatus) -> Option<u8> {
+    let runs = [&container.last_state, &container.state];
+    let ended = runs.into_iter().flatten().filter_map(|state| state.terminated.as_ref());
+    ended.map(|ended| ended.exit_code).find(|code| *code != 0).and_then(|code| u8::try_from(code).ok())
 }
 
 /// The exit code of the container that failed first, 1 where none has one.
