@@ -236,6 +236,10 @@ fn token_expiry(token: &str) -> Option<SystemTime> {
 #[must_use]
 pub fn explain(error: &kube::Error) -> String {
     match error {
+        kube::Error::Api(status) if matches!(status.code, 401 | 403) => format!(
+            "{} (HTTP {}); the credential needs the rights of docs/cluster/",
+            status.message, status.code
+        ),
         kube::Error::Api(status) => format!("{} (HTTP {})", status.message, status.code),
         other => causes(other),
     }

@@ -57,7 +57,7 @@ pub enum Gate {
 enum Request {
     Gate(Gate),
     Shutdown { grace: Duration },
-    Outcomes(oneshot::Sender<Summary>),
+    Outcomes { late: bool, answer: oneshot::Sender<Summary> },
 }
 
 /// What has become of the pods so far.
@@ -114,10 +114,19 @@ impl Manager {
         self.counts.clone()
     }
 
-    /// What has become of the pods so far; also of those that have not ended.
+    /// What has become of the pods whose final status is acknowledged.
     pub async fn summary(&self) -> Summary {
+        self.outcomes(false).await
+    }
+
+    /// What has become of all pods, also of those whose final status was never acknowledged or that have not ended.
+    pub async fn final_summary(&self) -> Summary {
+        self.outcomes(true).await
+    }
+
+    async fn outcomes(&self, late: bool) -> Summary {
         let (answer_tx, answer) = oneshot::channel();
-        let _ = self.requests.send(Request::Outcomes(answer_tx)).await;
+        let _ = self.requests.send(Request::Outcomes { late, answer: answer_tx }).await;
         answer.await.unwrap_or_default()
     }
 }
@@ -244,11 +253,11 @@ impl State {
                     let _ = entry.commands.send(Command::Shutdown(grace)).await;
                 }
             }
-            Request::Outcomes(answer) => {
+            Request::Outcomes { late, answer } => {
                 let unreported = self.pods.values().filter_map(|entry| entry.outcome.clone());
                 let running =
                     self.pods.values().filter(|entry| !entry.ended).map(|entry| Outcome::running(&entry.pod));
-                let late: Vec<Outcome> = unreported.chain(running).collect();
+                let late: Vec<Outcome> = unreported.chain(running).filter(|_| late).collect();
                 late.iter().for_each(|outcome| self.keep(outcome));
                 let outcomes = self.outcomes.iter().cloned().chain(late).collect();
                 let _ = answer.send(Summary { outcomes, forgotten: self.forgotten });

@@ -123,7 +123,10 @@ async fn send_all(
                 }
                 if error.code() == Some(422) {
                     invalid += 1;
-                    refresh(&api, &mut pod).await;
+                    if !refresh(&api, &mut pod).await {
+                        acknowledged.send_modify(|a| *a = Acknowledged { number, gone: true, refused: None });
+                        return;
+                    }
                     if invalid >= INVALID_TRIES {
                         tracing::error!(pod = name(&pod), %error, "the API server calls the pod's status invalid; given up");
                         (failures, invalid) = (0, 0);
@@ -144,13 +147,19 @@ fn name(pod: &Pod) -> String {
     format!("{}/{}", part(&pod.metadata.namespace), part(&pod.metadata.name))
 }
 
-/// Takes the API server's own copy as what the next patch is made against.
-async fn refresh(api: &Api, pod: &mut Pod) {
+/// Takes the API server's own copy as what the next patch is made against; false when the pod is no more (a patch with
+/// another pod's uid is answered with 422, too).
+async fn refresh(api: &Api, pod: &mut Pod) -> bool {
     let part = |text: &Option<String>| text.clone().unwrap_or_default();
     let found: Result<Option<Pod>, ApiError> =
         api.pod(&part(&pod.metadata.namespace), &part(&pod.metadata.name), &part(&pod.metadata.uid)).await;
-    if let Ok(Some(fresh)) = found {
-        pod.status = fresh.status;
+    match found {
+        Ok(Some(fresh)) => {
+            pod.status = fresh.status;
+            true
+        }
+        Ok(None) => matches!(api, Api::Files(_)),
+        Err(_) => true,
     }
 }
 

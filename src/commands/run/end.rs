@@ -161,7 +161,7 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
         // What is left says something only of pods that did not end; `clean` takes care of those.
         let _ = std::fs::remove_dir_all(&pilot.state_dir);
     }
-    let summary = pilot.manager.summary().await;
+    let summary = pilot.manager.final_summary().await;
     let table = outcome::table(&summary.outcomes);
     if table.is_empty() {
         println!("No pods ran.");

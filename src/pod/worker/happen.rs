@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::run::{Order, Told};
 use super::state::{ended, is_over, timestamp, unknown_end, waiting};
-use super::{Command, DEFAULT_GRACE, FORCED_GRACE, Stop, Why, Worker, deletion_grace};
+use super::{ANNOUNCE_AFTER, Command, DEFAULT_GRACE, FORCED_GRACE, Stop, Why, Worker, deletion_grace};
 use crate::container::Event;
 use crate::pod::backoff::{self, Next};
 use crate::pod::events::Kind;
@@ -157,6 +157,8 @@ impl Worker {
                 }
                 record.restart += 1;
             }
+            // A start that takes no time is told when it has happened, as at first.
+            self.announce_at = Some(now + ANNOUNCE_AFTER);
             // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
             if self.preparing.is_none() {
                 self.prepare(false);
