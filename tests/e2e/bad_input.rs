@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Namespace, Options, Pilot, Tmpfs, api, bed, seconds, shared_directory, unique, wait_until,
+    Namespace, Options, PbsJob, Pilot, Tmpfs, api, bed, seconds, shared_directory, unique, wait_until,
 };
 
 /// No refusal needs longer, on a busy machine.
@@ -127,6 +128,28 @@ fn a_pods_directory_that_is_full_or_read_only_is_named_and_exits_1() {
         let options = Options::new("pods-dir").env("JIRIAF_PODS_DIR", path);
         refused(&options, &["--walltime=300"], 1, &[path, problem, "--pods-dir"]);
     }
+}
+
+#[test]
+fn a_state_directory_that_cannot_be_written_is_named_and_exits_1() {
+    let read_only = Tmpfs::new(64, "ro");
+    let path = read_only.path().join("state");
+    let options = Options::new("state-dir").env("JIRIAF_STATE_DIR", path.to_str().unwrap());
+    refused(&options, &["--walltime=300"], 1, &[path.to_str().unwrap(), "Read-only", "--state-dir"]);
+}
+
+#[test]
+fn a_refused_credential_in_a_batch_job_does_not_let_a_chain_of_jobs_spin() {
+    let directory = shared_directory();
+    let config = kubeconfig(directory.path(), &with_token("nobody"));
+    let job = PbsJob::new(1, "00:05:00");
+    let mut options = Options::new("spin").env("KUBECONFIG", &config);
+    options.environment.extend(job.environment());
+    let mut pilot = Pilot::start_run(&options, &[]);
+    wait_until("it says that it waits", seconds(30), || pilot.output().contains("waiting before exit"));
+    assert!(!pilot.ended());
+    pilot.signal(Signal::SIGTERM);
+    assert_eq!(pilot.wait_exit(seconds(10)), Some(1), "{}", pilot.output());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The end of a pod that somebody deletes, and of what its scripts left behind.
 
-use crate::harness::{Namespace, Options, Pilot, read, seconds, wait_until};
+use crate::harness::{Namespace, Options, Pilot, container, pod_spec, read, seconds, wait_until};
 
 #[test]
 fn a_trap_on_sigterm_runs_to_its_end_within_the_grace() {
@@ -40,4 +40,23 @@ fn a_script_that_daemonizes_leaves_nothing_behind() {
     let left: Vec<_> =
         pilot.processes().into_iter().filter(|(_, line)| line.starts_with("sleep 3621")).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_forced_deletion_kills_too() {
+    let namespace = Namespace::new("forced");
+    let pilot = Pilot::local(Options::new("forced"), 600);
+    namespace.script_on(&pilot, "p", "trap '' TERM\n(setsid sleep 3661 &)\nwhile :; do sleep 0.2; done\n");
+    namespace.wait_phase("p", "Running", seconds(30));
+    let sleeps = || pilot.processes().iter().filter(|(_, line)| line.starts_with("sleep 3661")).count();
+    wait_until("the script sleeps", seconds(10), || sleeps() == 1);
+    namespace.of("pods").delete("p", Some(0));
+    wait_until("nothing is left of it", seconds(20), || {
+        sleeps() == 0 && pilot.stages("supervise").is_empty()
+    });
+    wait_until("nor its directory", seconds(10), || !pilot.pod_directory("p").exists());
+    // The name is free again.
+    namespace.wait_gone("p", seconds(5));
+    namespace.pod_on(&pilot, "p", pod_spec("Never", &[container("c1", "p")]));
+    wait_until("the next of this name has the plain path", seconds(20), || pilot.pod_directory("p").exists());
 }

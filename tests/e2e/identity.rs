@@ -1,9 +1,12 @@
 //! The Node as an object that somebody else may touch.
 
+use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::harness::{Namespace, Options, Pilot, api, seconds, wait_for, wait_until};
+use crate::harness::{
+    ApiProxy, Namespace, Options, Pilot, api, bed, seconds, shared_directory, wait_for, wait_until,
+};
 
 #[test]
 fn a_node_that_somebody_deletes_is_registered_anew_with_its_lease() {
@@ -50,4 +53,49 @@ fn a_pod_goes_on_while_its_node_is_registered_anew() {
     let pod = namespace.wait_phase("p", "Failed", seconds(20));
     let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
     assert_eq!(ended["exitCode"], 5, "{:#}", pod["status"]);
+}
+
+#[test]
+fn what_happens_while_the_api_server_is_away_is_made_good_when_it_is_back() {
+    let namespace = Namespace::new("away");
+    let proxy = ApiProxy::start();
+    let options = Options { server: Some(proxy.url()), ..Options::new("away") };
+    let pilot = Pilot::local(options, 600);
+    let go = pilot.home.join("go");
+    for pod in ["ends", "deleted"] {
+        let script = format!("until [ -e {}.{pod} ]; do sleep 0.1; done\nexit 4\n", go.display());
+        namespace.script_on(&pilot, pod, &script);
+        namespace.wait_phase(pod, "Running", seconds(30));
+    }
+    proxy.cut();
+    std::fs::write(pilot.home.join("go.ends"), "").unwrap();
+    namespace.of("pods").delete("deleted", Some(0));
+    namespace.script_on(&pilot, "comes", "exit 0\n");
+    std::thread::sleep(seconds(3)); // nothing can show that the pilot sees nothing
+    assert_eq!(namespace.pod("ends").unwrap()["status"]["phase"], "Running");
+    proxy.restore();
+    namespace.wait_phase("comes", "Succeeded", seconds(60));
+    let pod = namespace.wait_phase("ends", "Failed", seconds(60));
+    let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!(ended["exitCode"], 4, "{:#}", pod["status"]);
+    wait_until("nothing is left of the deleted pod", seconds(30), || pilot.stages("supervise").is_empty());
+}
+
+#[test]
+fn a_credential_that_ends_before_the_walltime_is_the_deadline() {
+    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+        "spec": {"expirationSeconds": 600}});
+    let answer = api::namespaced("jiriaf", "serviceaccounts/jiriaf-pilot/token").create(&request);
+    let mut config: Value = serde_json::from_str(&bed().pilot_kubeconfig(None)).unwrap();
+    config["users"][0]["user"] = json!({"token": answer["status"]["token"]});
+    let directory = shared_directory();
+    let file = directory.path().join("kubeconfig");
+    std::fs::write(&file, config.to_string()).unwrap();
+    let pilot = Pilot::local(Options::new("token-end").env("KUBECONFIG", file.to_str().unwrap()), 3600);
+    let node = &pilot.nodes()[0];
+    let deadline = node["metadata"]["annotations"]["jiriaf.deadline"].as_str().unwrap();
+    let wanted: Timestamp = answer["status"]["expirationTimestamp"].as_str().unwrap().parse().unwrap();
+    let got: Timestamp = deadline.parse().unwrap();
+    assert!((got.as_second() - wanted.as_second()).abs() <= 2, "{deadline} is not {wanted}");
+    assert!(pilot.alivetime().unwrap() < 600);
 }

@@ -13,6 +13,7 @@ mod ending;
 mod environment;
 mod full_disk;
 mod identity;
+mod pbs;
 mod privacy;
 mod restarts;
 mod scripts;

@@ -94,6 +94,102 @@ fn an_optional_config_map_that_is_missing_is_an_empty_directory() {
     namespace.wait_phase("p", "Succeeded", seconds(30));
 }
 
+#[test]
+fn items_modes_and_binary_data_are_as_kubernetes_says() {
+    let namespace = Namespace::new("items");
+    let pilot = Pilot::local(Options::new("items"), 300);
+    namespace.config_map(
+        "p",
+        &[("run.sh", "stat -c '%a %n' f/* >$JIRIAF_POD_DIR/modes; cat f/b >$JIRIAF_POD_DIR/b\n")],
+    );
+    namespace.of("configmaps").create(&json!({"metadata": {"name": "files"},
+        "data": {"one": "1", "two": "2"}, "binaryData": {"bytes": "AP8="}}));
+    let mut reads = container("c1", "p");
+    reads["volumeMounts"].as_array_mut().unwrap().push(json!({"name": "files", "mountPath": "f"}));
+    let mut spec = pod_spec("Never", &[reads]);
+    let items = json!([{"key": "one", "path": "a", "mode": 0o640}, {"key": "bytes", "path": "b"}]);
+    volume(&mut spec, "files", json!({"configMap": {"name": "files", "defaultMode": 0o400, "items": items}}));
+    namespace.pod_on(&pilot, "p", spec);
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    assert_eq!(read(&pilot.pod_directory("p").join("modes")), "640 f/a\n400 f/b\n");
+    assert_eq!(std::fs::read(pilot.pod_directory("p").join("b")).unwrap(), [0, 255]);
+}
+
+#[test]
+fn a_key_or_a_path_that_would_leave_the_volume_never_gets_to_the_host() {
+    let namespace = Namespace::new("leave");
+    let pilot = Pilot::local(Options::new("leave"), 300);
+    // Kubernetes takes neither such a key nor such a path.
+    for key in ["..", "../escaped", "a/../../escaped"] {
+        let object = json!({"metadata": {"name": "keys"}, "data": {key: "x"}});
+        assert!(namespace.of("configmaps").try_create(&object).is_err(), "{key} was taken");
+    }
+    namespace.config_map("p", &[("run.sh", "exit 0\n")]);
+    let mut spec = pod_spec("Never", &[container("c1", "p")]);
+    pilot.place(&mut spec);
+    for path in ["../escaped", "a/../../escaped", "/escaped"] {
+        let items = json!([{"key": "run.sh", "path": path}]);
+        volume(&mut spec, "p", json!({"configMap": {"name": "p", "items": items}}));
+        let pod = json!({"metadata": {"name": "p"}, "spec": spec});
+        assert!(namespace.of("pods").try_create(&pod).is_err(), "{path} was taken");
+    }
+}
+
+#[test]
+fn a_link_that_a_script_leaves_for_its_next_run_leads_nothing_outside() {
+    let namespace = Namespace::new("link");
+    let pilot = Pilot::local(Options::new("link"), 300);
+    let outside = pilot.home.join("outside");
+    // The first run puts a link where the volume is; the second would write through it.
+    let script = format!(
+        "[ -e $JIRIAF_POD_DIR/once ] && exit 0\ntouch $JIRIAF_POD_DIR/once\nmkdir {0}\nrm -rf f\nln -s {0} f\nexit 1\n",
+        outside.display()
+    );
+    namespace.config_map("p", &[("run.sh", &script)]);
+    namespace.config_map("files", &[("planted", "x")]);
+    let mut links = container("c1", "p");
+    links["volumeMounts"].as_array_mut().unwrap().push(json!({"name": "files", "mountPath": "f"}));
+    let spec = pod_spec("OnFailure", &[links]);
+    namespace.pod_on(&pilot, "p", spec);
+    wait_until("the second run, or a word why not", seconds(60), || {
+        let pod = namespace.pod("p").unwrap_or_default();
+        pod["status"]["phase"] == "Succeeded" || namespace.events("p").iter().any(|(r, _)| r == "FailedMount")
+    });
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0, "something was written through the link");
+    namespace.of("pods").delete("p", Some(1));
+    namespace.wait_gone("p", seconds(20));
+    wait_until("the pod's directory is gone", seconds(10), || !pilot.pod_directory("p").exists());
+    assert!(outside.exists(), "what the link leads to is no part of the pod's directory");
+}
+
+#[test]
+fn containers_of_a_pod_run_side_by_side_and_share_an_empty_directory() {
+    let namespace = Namespace::new("two");
+    let pilot = Pilot::local(Options::new("two"), 300);
+    let waits = "touch shared/$1; until [ -e shared/$2 ]; do sleep 0.05; done; exit $3\n";
+    namespace.config_map("p", &[("a.sh", waits), ("z.sh", "exit 99\n")]);
+    let two: Vec<Value> = [("c1", ["a", "b", "0"]), ("c2", ["b", "a", "5"])]
+        .map(|(name, args)| {
+            let mut one = container(name, "p");
+            // One of several files.
+            one["image"] = "p/a.sh".into();
+            one["args"] = json!(args);
+            one["volumeMounts"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({"name": "shared", "mountPath": "shared"}));
+            one
+        })
+        .into();
+    let mut spec = pod_spec("Never", &two);
+    volume(&mut spec, "shared", json!({"emptyDir": {}}));
+    namespace.pod_on(&pilot, "p", spec);
+    let pod = namespace.wait_phase("p", "Failed", seconds(30));
+    let code =
+        |index: usize| pod["status"]["containerStatuses"][index]["state"]["terminated"]["exitCode"].clone();
+    assert_eq!((code(0), code(1)), (0.into(), 5.into()), "{:#}", pod["status"]);
+}
+
 /// Makes the spec's volume of this name one of this kind.
 fn volume(spec: &mut Value, name: &str, kind: Value) {
     for volume in spec["volumes"].as_array_mut().unwrap() {

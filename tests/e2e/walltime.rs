@@ -96,6 +96,24 @@ fn alivetime_and_drain_follow_a_time_limit_that_is_lowered_and_raised() {
     wait_until("alivetime rises", seconds(150), || pilot.alivetime().is_some_and(|now| now > 2400));
 }
 
+#[test]
+fn walltime_0_publishes_no_time_and_still_drains_before_slurms_limit() {
+    let namespace = Namespace::new("zero");
+    let mut pilot = Pilot::sbatch(Options::new("zero").minutes(2).env("JIRIAF_WALLTIME", "0"));
+    let end = pilot.end_time();
+    let labels = pilot.nodes()[0]["metadata"]["labels"].clone();
+    for label in ["jiriaf.walltime", "jiriaf.alivetime"] {
+        assert_eq!(labels[label], Value::Null, "{labels:#}");
+    }
+    namespace.script_on(&pilot, "p", UNTIL_TERM);
+    namespace.wait_phase("p", "Running", seconds(30));
+    wait_until("the drain ends the pod", seconds(130), || on_node(&namespace, &pilot, "Failed").len() == 1);
+    assert!(Timestamp::now() < end, "the job's limit was there first");
+    let state = pilot.wait_job_over(seconds(40));
+    assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+}
+
 /// The pods that were bound to the pilot and are in this phase.
 fn on_node(namespace: &Namespace, pilot: &Pilot, phase: &str) -> Vec<Value> {
     let mut pods = namespace.of("pods").list("");

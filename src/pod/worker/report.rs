@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{DELETE_RETRY, Note, Why, Worker};
 use crate::pod::directory;
 use crate::pod::outcome::Outcome;
-use crate::pod::status::{self, ContainerRuntime, Ending, StatusInput};
+use crate::pod::status::{self, ContainerRuntime, Ending, State, StatusInput};
 
 impl Worker {
     pub(super) fn status(&self) -> PodStatus {
@@ -23,11 +23,15 @@ impl Worker {
             .iter()
             .map(|container| {
                 let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
+                // A run that is due has its number and has not begun: what Kubernetes counts are starts.
+                let due = self.stop.is_none()
+                    && container.restart_at.is_none()
+                    && matches!(record.state, State::Waiting { .. });
                 ContainerRuntime {
                     name: container.name.clone(),
                     state: record.state,
                     last: record.last,
-                    restart_count: record.restart,
+                    restart_count: if due { record.restart.saturating_sub(1) } else { record.restart },
                     image_id: String::new(),
                 }
             })

@@ -1,0 +1,64 @@
+//! A PBS job's walltime, as qstat tells it, or does not.
+
+use jiff::Timestamp;
+use nix::sys::signal::Signal;
+
+use crate::harness::{Options, PbsJob, Pilot, condition, seconds, wait_until};
+
+/// What the Node says of the deadline: seconds from now.
+fn left(pilot: &Pilot) -> i64 {
+    let nodes = pilot.nodes();
+    let deadline = nodes[0]["metadata"]["annotations"]["jiriaf.deadline"].as_str().expect("a deadline");
+    deadline.parse::<Timestamp>().unwrap().as_second() - Timestamp::now().as_second()
+}
+
+#[test]
+fn a_walltime_in_broken_json_is_known_and_followed_when_it_changes() {
+    let job = PbsJob::new(1, "00:05:00");
+    job.mode("broken-json");
+    let pilot = Pilot::pbs(Options::new("pbs-json"), &job);
+    assert!((280..=300).contains(&left(&pilot)), "{} s are left", left(&pilot));
+    // qalter, up and down. SIGUSR1: the pilot asks at once.
+    job.walltime("01:00:00");
+    pilot.signal(Signal::SIGUSR1);
+    wait_until("the deadline moves away", seconds(15), || (3500..=3600).contains(&left(&pilot)));
+    wait_until("alivetime follows", seconds(15), || pilot.alivetime().is_some_and(|now| now > 3000));
+    job.walltime("00:20:00");
+    job.mode("json");
+    pilot.signal(Signal::SIGUSR1);
+    wait_until("the deadline comes near", seconds(15), || (1100..=1200).contains(&left(&pilot)));
+    wait_until("alivetime follows", seconds(15), || pilot.alivetime().is_some_and(|now| now < 1200));
+}
+
+#[test]
+fn a_torque_that_knows_no_json_is_asked_for_text() {
+    let job = PbsJob::new(1, "00:10:00");
+    job.mode("torque");
+    let pilot = Pilot::pbs(Options::new("torque"), &job);
+    assert!((580..=600).contains(&left(&pilot)), "{} s are left", left(&pilot));
+}
+
+#[test]
+fn a_pilot_whose_qstat_fails_or_hangs_goes_on_with_what_it_knew_and_says_so() {
+    let job = PbsJob::new(1, "00:10:00");
+    let pilot = Pilot::pbs(Options::new("pbs-lost"), &job);
+    let asked = |mode: &str| {
+        let before = job.calls().len();
+        job.mode(mode);
+        pilot.signal(Signal::SIGUSR1);
+        wait_until("qstat is asked", seconds(15), || job.calls().len() > before);
+    };
+    asked("refused");
+    wait_until("a warning says so", seconds(15), || pilot.output().contains("Connection refused"));
+    asked("hang");
+    // Its limit is 10 s; nothing may be left of it.
+    wait_until("the hanging qstat is ended", seconds(30), || {
+        pilot.processes().iter().all(|(_, line)| !line.starts_with("sleep 3600"))
+    });
+    assert!((500..=600).contains(&left(&pilot)), "{} s are left", left(&pilot));
+    assert_eq!(condition(&pilot.nodes()[0], "Ready")["status"], "True");
+    // It listens again as soon as there is an answer.
+    job.walltime("00:30:00");
+    asked("json");
+    wait_until("the deadline moves", seconds(15), || left(&pilot) > 1500);
+}
