@@ -257,6 +257,12 @@ impl Supervisor {
         &self.id
     }
 
+    /// The supervisor's own process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.owner.pid
+    }
+
     async fn order(&mut self, order: &Order) {
         // A supervisor that is gone is told of by `next`.
         let _ = self.writer.write_all(&line(order)).await;
