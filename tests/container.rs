@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
@@ -28,14 +27,15 @@ impl Bed {
         let dir = tempfile::tempdir().unwrap();
         let mark = format!("test-{name}-{}", std::process::id());
         let all = Self::supervisors(dir.path(), &mark);
-        fs::DirBuilder::new().mode(0o700).recursive(true).create(dir.path().join("c/logs")).unwrap();
+        fs::create_dir(dir.path().join("c")).unwrap();
         Self { dir, all, mark }
     }
 
     fn supervisors(dir: &Path, mark: &str) -> Supervisors {
-        Supervisors::new(&dir.join("state"), mark.to_owned())
-            .unwrap()
-            .with_executable(PathBuf::from(env!("CARGO_BIN_EXE_jiriaf-pilot")))
+        Supervisors::new(&dir.join("state"), mark.to_owned()).unwrap().with_executable(
+            std::env::var_os("TEST_BINARY")
+                .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_jiriaf-pilot")), PathBuf::from),
+        )
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -406,4 +406,26 @@ async fn strays_are_ended_and_own_children_are_not() {
     supervisor.terminate(Duration::ZERO).await;
     assert!(ended(&mut supervisor).await.signal.is_some());
     supervisor.acknowledge().await;
+}
+
+/// How long from `start` to `Started`: `cargo test --release --test container -- --ignored --nocapture`.
+#[tokio::test]
+#[ignore = "a measurement: it has no wrong answer"]
+async fn the_time_of_a_start() {
+    let mut all = Vec::new();
+    for _ in 0..50 {
+        let bed = Bed::new("time");
+        let mut supervisor = bed.all.spawn(id(0)).unwrap();
+        // What a pod's objects take to be read at least.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let begin = Instant::now();
+        supervisor.start(bed.spec("sleep 1000")).await;
+        started(&mut supervisor).await;
+        all.push(begin.elapsed());
+        supervisor.terminate(Duration::ZERO).await;
+        let _ = ended(&mut supervisor).await;
+        supervisor.acknowledge().await;
+    }
+    all.sort();
+    println!("start to Started: median {:?}, least {:?}, most {:?}", all[25], all[0], all[49]);
 }
