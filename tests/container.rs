@@ -408,6 +408,56 @@ async fn strays_are_ended_and_own_children_are_not() {
     supervisor.acknowledge().await;
 }
 
+/// A container whose third stage hangs at writing `pgid`, as it would on a file server that does not answer.
+async fn hanging(bed: &Bed) -> Supervisor {
+    assert!(Command::new("mkfifo").arg(bed.path("pgid")).status().unwrap().success());
+    bed.start(&bed.spec("sleep 1000")).await
+}
+
+#[tokio::test]
+async fn a_third_stage_that_hangs_is_killed_at_the_graces_end() {
+    let bed = Bed::new("hang");
+    let mut supervisor = hanging(&bed).await;
+    let begin = Instant::now();
+    supervisor.terminate(Duration::from_millis(300)).await;
+    let end = loop {
+        if let Event::Ended(end) = next(&mut supervisor).await {
+            break end;
+        }
+    };
+    let took = begin.elapsed();
+    assert!(took >= Duration::from_millis(290) && took < Duration::from_millis(2000), "{took:?}");
+    assert_eq!((end.exit_code, end.signal), (137, Some(9)));
+    supervisor.acknowledge().await;
+}
+
+#[tokio::test]
+async fn a_sigterm_before_the_program_began_reaches_the_program() {
+    let bed = Bed::new("early");
+    let mut supervisor = hanging(&bed).await;
+    supervisor.terminate(SOON).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!fs::read_to_string(bed.path("pgid")).unwrap().is_empty(), "the third stage goes on");
+    started(&mut supervisor).await;
+    assert_eq!(ended(&mut supervisor).await.signal, Some(15));
+    supervisor.acknowledge().await;
+}
+
+#[tokio::test]
+async fn a_supervisor_without_work_leaves_nothing() {
+    let bed = Bed::new("idle");
+    let supervisor = bed.all.spawn(id(0)).unwrap();
+    let pid = supervisor.pid();
+    until("the third stage waits", || process::children(pid).len() == 1).await;
+    let launcher = process::children(pid);
+    drop(supervisor);
+    until("gone", || {
+        let gone = |pid: &i32| process::stat(*pid).is_none_or(|stat| stat.state == 'Z');
+        gone(&pid) && launcher.iter().all(gone)
+    })
+    .await;
+}
+
 /// How long from `start` to `Started`: `cargo test --release --test container -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "a measurement: it has no wrong answer"]
