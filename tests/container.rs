@@ -11,6 +11,7 @@ use jiriaf_pilot::container::{
     ContainerId, ContainerSpec, End, Event, LogLimits, MARK, Session, StartError, Supervisor, Supervisors,
     process,
 };
+use nix::fcntl::{FcntlArg, FdFlag};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -249,7 +250,11 @@ async fn a_container_starts_in_order() {
     let spec = bed.spec(
         "echo $(cat pgid) $$ $(ps -o pgid= -o sid= $$); readlink /proc/self/fd/0; grep SigIgn /proc/self/status; grep SigBlk /proc/self/status; umask; ls /proc/self/fd | wc -l; echo $JIRIAF_CONTAINER",
     );
+    // As a batch system or a shell leaves one open.
+    let inherited = fs::File::open("/dev/zero").unwrap();
+    nix::fcntl::fcntl(&inherited, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
     run(&bed, &spec).await;
+    drop(inherited);
     let lines = bed.lines();
     let ids: Vec<&str> = lines[0].split_whitespace().collect();
     assert!(ids.len() == 4 && ids.iter().all(|i| *i == ids[0]), "{ids:?}");
@@ -435,8 +440,10 @@ async fn a_third_stage_that_hangs_is_killed_at_the_graces_end() {
 async fn a_sigterm_before_the_program_began_reaches_the_program() {
     let bed = Bed::new("early");
     let mut supervisor = hanging(&bed).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
     supervisor.terminate(SOON).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!process::children(supervisor.pid()).is_empty(), "it was not ended");
     assert!(!fs::read_to_string(bed.path("pgid")).unwrap().is_empty(), "the third stage goes on");
     started(&mut supervisor).await;
     assert_eq!(ended(&mut supervisor).await.signal, Some(15));
