@@ -333,6 +333,28 @@ async fn a_new_pilot_finds_what_runs_and_what_ended_meanwhile() {
 }
 
 #[tokio::test]
+async fn a_supervisor_that_died_unseen_leaves_nothing_to_be_found() {
+    let bed = Bed::new("unseen");
+    let mut dead = bed.start(&bed.spec("setsid sleep 1000 & echo ready; wait")).await;
+    started(&mut dead).await;
+    until("ready", || bed.log().contains("ready")).await;
+    // One that lives and answers nobody.
+    let mut deaf = bed.all.spawn(id(1)).unwrap();
+    deaf.start(bed.spec("sleep 1000")).await;
+    started(&mut deaf).await;
+    fs::remove_file(bed.dir.path().join("state").join(id(1).directory_name()).join("s")).unwrap();
+    kill(Pid::from_raw(dead.pid()), Signal::SIGKILL).unwrap();
+    let gone = |pid: i32| process::stat(pid).is_none_or(|stat| stat.state == 'Z');
+    until("dead", || gone(dead.pid())).await;
+
+    let all = Bed::supervisors(bed.dir.path(), &bed.mark);
+    assert_eq!(all.find().await.unwrap().len(), 0);
+    assert_eq!(bed.left(), Vec::<String>::new());
+    until("the deaf one is gone", || gone(deaf.pid())).await;
+    assert_eq!(fs::read_dir(bed.dir.path().join("state")).unwrap().count(), 0);
+}
+
+#[tokio::test]
 async fn without_a_pilot_a_container_ends_by_itself() {
     for (orphan, drain) in [(Duration::from_millis(200), None), (SOON, Some(Duration::from_millis(200)))] {
         let bed = Bed::new("orphan");
