@@ -367,6 +367,11 @@ async fn without_a_pilot_a_container_ends_by_itself() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!bed.left().is_empty());
         until("ended", || bed.left().is_empty()).await;
+        // How it ended is kept for a pilot that comes back.
+        let (_, mut found) = bed.all.find().await.unwrap().pop().expect("the supervisor keeps the end");
+        started(&mut found).await;
+        assert!(ended(&mut found).await.signal.is_some());
+        found.acknowledge().await;
     }
 }
 
