@@ -40,6 +40,12 @@ const LAST_MOMENT: Duration = Duration::from_millis(250);
 /// than a batch system's kill wait allows for.
 const GIVE_UP_GRACE: Duration = Duration::from_secs(5);
 
+/// A pilot that has said nothing for this long gets its signals all the same.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// Longest line of a pilot: a time and a path (at most 4096 bytes, PATH_MAX), with room to spare.
+const LINE_BYTES: usize = 64 * 1024;
+
 /// How often the guardian looks at children that nobody knows, while there are such.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
@@ -76,6 +82,11 @@ impl GuardianLink {
         stream.set_nonblocking(true)?;
         nix::unistd::dup2_stdin(fs::File::open("/dev/null")?)?;
         Ok(Self { stream: Mutex::new((stream, Word::default())) })
+    }
+
+    /// Tells that the signal handlers are in place: signals are held back until the first word.
+    pub fn ready(&self) {
+        self.tell(|_| {});
     }
 
     /// Tells when the batch system begins to kill.
@@ -123,7 +134,7 @@ struct Guardian {
     signals: Signals,
     word: Word,
     crashes: Vec<Instant>,
-    /// Signals that came while no pilot was there.
+    /// Signals that no pilot has got yet.
     pending: Vec<i32>,
 }
 
@@ -131,6 +142,18 @@ struct Pilot {
     pid: Pid,
     stream: UnixStream,
     text: Vec<u8>,
+    started: Instant,
+    /// Whether it has its handlers, which its first word tells.
+    listens: bool,
+    /// Signals that came in its life.
+    signals: Vec<i32>,
+}
+
+impl Pilot {
+    /// How long a signal still waits: one without its handlers would die by it.
+    fn deaf_for(&self) -> Duration {
+        if self.listens { Duration::ZERO } else { SILENCE.saturating_sub(self.started.elapsed()) }
+    }
 }
 
 const FORWARDED: [Signal; 5] =
@@ -153,17 +176,26 @@ impl Guardian {
         let mut restarts = 0u32;
         loop {
             let mut pilot = start(program, arguments, restarts)?;
-            for signal in std::mem::take(&mut self.pending) {
-                send(pilot.pid, signal);
-            }
             let status = self.watch(&mut pilot)?;
             let code = match status {
-                Ended::Exit(code) => return Ok(code),
+                Ended::Exit(code) => {
+                    // What it leaves was detached by something that it ran.
+                    self.kill_all(Duration::ZERO);
+                    return Ok(code);
+                }
                 Ended::TooLate => {
                     eprintln!(
                         "error: the pilot was still there at the deadline; it and all its pods are killed"
                     );
                     self.kill_all(Duration::ZERO);
+                    return Ok(1);
+                }
+                Ended::Crash(signal) if is_asked_for(signal, &pilot.signals) => {
+                    eprintln!(
+                        "error: the pilot died by {signal}, the signal that asks it to end, before it could handle it; its \
+                         pods are ended"
+                    );
+                    self.kill_all(GIVE_UP_GRACE);
                     return Ok(1);
                 }
                 Ended::Crash(signal) => signal,
@@ -204,9 +236,13 @@ impl Guardian {
             if strays {
                 wait = wait.min(LOOK_AGAIN);
             }
+            if !self.pending.is_empty() {
+                wait = wait.min(pilot.deaf_for());
+            }
             let timeout = if wait == Duration::MAX {
                 PollTimeout::NONE
             } else {
+                // A millisecond more, so that the moment has come when poll returns.
                 PollTimeout::try_from(wait + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
             };
             let mut fds = [
@@ -219,22 +255,37 @@ impl Guardian {
             }
             let mut bytes = [0; 64];
             while self.wake.read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
-            let came: Vec<i32> = self.signals.pending().collect();
-            for signal in came {
-                send(pilot.pid, signal);
-            }
             let heard = self.hear(pilot);
+            self.take_signals(pilot);
             if let Some(ended) = reap(pilot.pid) {
-                if matches!(ended, Ended::Crash(_)) {
-                    // What came together with the crash is for the next pilot.
-                    self.pending.extend(self.signals.pending());
-                }
+                // What came together with a crash is for the next pilot.
+                self.take_signals(pilot);
                 return Ok(ended);
             }
+            self.forward(pilot);
             strays = self.end_strays(pilot.pid);
             if !heard {
                 // A pilot that has closed its line is about to end: wait for its death without spinning.
                 std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// Notes the signals that came. Each waits once at most, as in the kernel (signal(7)).
+    fn take_signals(&mut self, pilot: &mut Pilot) {
+        for signal in self.signals.pending() {
+            for list in [&mut self.pending, &mut pilot.signals] {
+                if !list.contains(&signal) {
+                    list.push(signal);
+                }
+            }
+        }
+    }
+
+    fn forward(&mut self, pilot: &Pilot) {
+        if pilot.deaf_for().is_zero() {
+            for signal in self.pending.drain(..) {
+                send(pilot.pid, signal);
             }
         }
     }
@@ -245,7 +296,9 @@ impl Guardian {
         loop {
             match pilot.stream.read(&mut bytes) {
                 Ok(0) => return false,
-                Ok(n) => pilot.text.extend_from_slice(&bytes[..n]),
+                Ok(n) if pilot.text.len() + n <= LINE_BYTES => pilot.text.extend_from_slice(&bytes[..n]),
+                // No line of a pilot's is so long.
+                Ok(_) => pilot.text.clear(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => break,
             }
@@ -256,6 +309,7 @@ impl Guardian {
                 whole.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).next_back()
             {
                 self.word = word;
+                pilot.listens = true;
             }
         }
         true
@@ -321,7 +375,15 @@ fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pi
         pid: Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX)),
         stream: ours,
         text: Vec::new(),
+        started: Instant::now(),
+        listens: false,
+        signals: Vec::new(),
     })
+}
+
+/// Whether a pilot's death by this signal is an end that was asked for, not a crash.
+fn is_asked_for(signal: Signal, came: &[i32]) -> bool {
+    matches!(signal, Signal::SIGTERM | Signal::SIGINT | Signal::SIGHUP) && came.contains(&(signal as i32))
 }
 
 fn send(pid: Pid, signal: i32) {
@@ -341,6 +403,26 @@ fn reap(pilot: Pid) -> Option<Ended> {
             Ok(WaitStatus::Signaled(pid, signal, _)) if pid == pilot => found = Some(Ended::Crash(signal)),
             Ok(WaitStatus::StillAlive) | Err(_) => return found,
             Ok(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_signal_that_came_and_means_the_end_is_no_crash() {
+        let came = [Signal::SIGTERM as i32, Signal::SIGUSR1 as i32, Signal::SIGHUP as i32];
+        for (signal, asked) in [
+            (Signal::SIGTERM, true),
+            (Signal::SIGHUP, true),
+            (Signal::SIGINT, false),
+            (Signal::SIGUSR1, false),
+            (Signal::SIGKILL, false),
+            (Signal::SIGSEGV, false),
+        ] {
+            assert_eq!(is_asked_for(signal, &came), asked, "{signal}");
         }
     }
 }

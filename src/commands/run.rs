@@ -77,6 +77,7 @@ async fn live(args: RunArgs, link: GuardianLink) -> ExitCode {
             return ExitCode::from(1);
         }
     };
+    link.ready();
     let pilot = tokio::select! {
         pilot = setup::start(&args, link) => pilot,
         signal = signals.until_end() => {

@@ -128,16 +128,17 @@ impl Supervisors {
         for entry in fs::read_dir(&self.directory).map_err(fail)?.flatten() {
             let Some(id) = entry.file_name().to_str().and_then(ContainerId::parse) else { continue };
             let identity = Identity::read(&entry.path().join(IDENTITY)).filter(Identity::is_alive);
-            let connected = match identity {
-                Some(identity) => self.connect(&id, &entry.path(), identity.pid).await,
-                None => None,
-            };
-            match connected {
-                Some(supervisor) => found.push((id, supervisor)),
-                None => {
-                    let _ = fs::remove_dir_all(entry.path());
+            if let Some(Identity { pid, .. }) = identity {
+                if let Some(supervisor) = self.connect(&id, &entry.path(), pid).await {
+                    found.push((id, supervisor));
+                    continue;
                 }
+                // Not to be left running beside another run of the same container.
+                tracing::warn!(container = %id, pid, "a supervisor does not answer; it is killed with its container");
+                process::kill_tree(pid);
             }
+            let _ = remains::end_marked_until_gone(&format!("{}/{id}", self.mark)).await;
+            let _ = fs::remove_dir_all(entry.path());
         }
         Ok(found)
     }
@@ -255,6 +256,12 @@ impl Supervisor {
     #[must_use]
     pub fn id(&self) -> &ContainerId {
         &self.id
+    }
+
+    /// The supervisor's own process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.owner.pid
     }
 
     async fn order(&mut self, order: &Order) {

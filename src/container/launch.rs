@@ -1,29 +1,25 @@
 //! The third stage: turns itself into the container's program.
 //!
-//! Started by the supervisor with the container's environment and a socket as standard input. All that must happen
-//! between fork and exec happens here, in a process of its own: so nothing needs `pre_exec` or unsafe code. A program
-//! that cannot be run is told on the socket; a successful exec closes it.
+//! Started by the supervisor before the container is known, with an empty environment and a socket as standard input, on
+//! which the settings come. All that must happen between fork and exec happens here, in a process of its own: so nothing
+//! needs `pre_exec` or unsafe code. A program that cannot be run is told on the socket; a successful exec closes it.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, dup2_stdin, getpid, setpgid, setsid};
 
+use super::exec::exec;
 use super::log;
 use super::protocol::{LINE_BYTES, Launch, Session, StartError, line};
-
-/// A script that was just written may still be open for writing in a process between fork and exec (ETXTBSY).
-const BUSY_LIMIT: Duration = Duration::from_millis(200);
 
 /// The `launch` stage's main.
 #[must_use]
@@ -32,6 +28,10 @@ pub fn launch() -> ExitCode {
     let socket = UnixStream::from(copy);
     let mut text = Vec::new();
     let read = BufReader::new((&socket).take(LINE_BYTES as u64)).read_until(b'\n', &mut text);
+    if text.is_empty() {
+        // The supervisor is gone, or has no use for it: nothing was to be started.
+        return ExitCode::SUCCESS;
+    }
     let launch: Launch = match read
         .map_err(|e| e.to_string())
         .and_then(|_| serde_json::from_slice(&text).map_err(|e| e.to_string()))
@@ -41,7 +41,9 @@ pub fn launch() -> ExitCode {
             return fail(&socket, &StartError::Other { what: "reading what to start".to_owned(), problem });
         }
     };
-    let error = become_container(&launch).err().unwrap_or_else(|| exec(&launch));
+    let error = become_container(&launch, socket.as_raw_fd())
+        .err()
+        .unwrap_or_else(|| exec(&launch.argv, &launch.env));
     fail(&socket, &error)
 }
 
@@ -55,7 +57,7 @@ fn other(what: &str) -> impl Fn(Errno) -> StartError {
     move |errno| StartError::Other { what: what.clone(), problem: errno.desc().to_owned() }
 }
 
-fn become_container(launch: &Launch) -> Result<(), StartError> {
+fn become_container(launch: &Launch, keep: RawFd) -> Result<(), StartError> {
     match launch.session {
         Session::Own => setsid().map(drop).map_err(other("making a session"))?,
         Session::Shared => {
@@ -74,10 +76,11 @@ fn become_container(launch: &Launch) -> Result<(), StartError> {
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
     }
-    let null = fs::OpenOptions::new().read(true).custom_flags(0).open("/dev/null");
-    let null =
-        null.map_err(|error| StartError::Other { what: "/dev/null".to_owned(), problem: error.to_string() })?;
+    let null = fs::File::open("/dev/null")
+        .map_err(|error| StartError::Other { what: "/dev/null".to_owned(), problem: error.to_string() })?;
     dup2_stdin(&null).map_err(other("standard input"))?;
+    drop(null);
+    close_inherited(keep);
     std::env::set_current_dir(&launch.working_dir).map_err(|error| StartError::WorkingDirectory {
         path: launch.working_dir.display().to_string(),
         problem: error.to_string(),
@@ -87,13 +90,24 @@ fn become_container(launch: &Launch) -> Result<(), StartError> {
 }
 
 /// A signal that was ignored when a shell starts can never be trapped by it. What has a handler becomes default by exec
-/// (execve(2)), and std's exec resets SIGPIPE and the mask, so each ignored signal is given a handler.
+/// (execve(2)), so each ignored signal is given a handler (std ignores SIGPIPE itself).
 fn reset_ignored_signals() {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let handler = Arc::new(AtomicBool::new(false));
     for signal in ignored(&status) {
         // Those that refuse a handler cannot be ignored either.
         let _ = signal_hook::flag::register(signal, Arc::clone(&handler));
+    }
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+}
+
+/// Descriptors that came down from the batch system or a shell and were never meant for a container.
+fn close_inherited(keep: RawFd) {
+    let entries = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let open: Vec<RawFd> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2 && *fd != keep) {
+        // The listing's own is closed by now.
+        let _ = nix::unistd::close(fd);
     }
 }
 
@@ -104,33 +118,6 @@ fn ignored(status: &str) -> Vec<i32> {
     (1..=31).filter(|signal| mask & (1 << (signal - 1)) != 0).collect()
 }
 
-fn exec(launch: &Launch) -> StartError {
-    let Some((program, args)) = launch.argv.split_first() else {
-        return StartError::NotFound { program: String::new() };
-    };
-    let start = Instant::now();
-    loop {
-        let error = Command::new(program).args(args).exec();
-        let busy = error.raw_os_error() == Some(Errno::ETXTBSY as i32);
-        if !busy || start.elapsed() > BUSY_LIMIT {
-            return explain(program, &error);
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn explain(program: &str, error: &io::Error) -> StartError {
-    let program = program.to_owned();
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENOENT | Errno::ENOTDIR) => StartError::NotFound { program },
-        Some(Errno::EACCES | Errno::EPERM) => {
-            StartError::NotExecutable { program, problem: error.to_string() }
-        }
-        Some(Errno::ENOEXEC) => StartError::Format { program },
-        _ => StartError::Other { what: program, problem: error.to_string() },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,14 +126,5 @@ mod tests {
     fn ignored_signals_are_read_from_the_mask() {
         assert_eq!(ignored("Name:\tx\nSigIgn:\t0000000000001201\n"), [1, 10, 13]);
         assert!(ignored("").is_empty());
-    }
-
-    #[test]
-    fn a_program_that_cannot_run_is_explained() {
-        let code = |errno: Errno| explain("x", &io::Error::from(errno)).exit_code();
-        assert_eq!(code(Errno::ENOENT), 127);
-        assert_eq!(code(Errno::EACCES), 126);
-        assert_eq!(code(Errno::ENOEXEC), 126);
-        assert_eq!(code(Errno::E2BIG), 128);
     }
 }

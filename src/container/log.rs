@@ -4,9 +4,9 @@
 //! Format: `<RFC 3339 with nanoseconds, UTC> stdout|stderr F|P <text>`; P marks a part of a line longer than 16 KiB
 //! (kubelet's design-proposals/node/kubelet-cri-logging.md; containerd's default of max_container_log_line_size).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -18,6 +18,9 @@ const LINE_BYTES: usize = 16 * 1024;
 
 /// What may wait for the writer: enough for a burst, little enough for hundreds of containers.
 const QUEUE_BYTES: usize = 256 * 1024;
+
+/// One write(2): progress is seen that often.
+const PIECE_BYTES: usize = 64 * 1024;
 
 /// A writer without progress for so long is hung.
 const HUNG: Duration = Duration::from_secs(1);
@@ -61,8 +64,10 @@ impl Output {
 
 #[derive(Default)]
 struct Queue {
+    /// Whole entries that wait.
     entries: Vec<u8>,
-    lines: u64,
+    /// How many entries are being written.
+    writing: u64,
     closed: bool,
     idle: bool,
     progress: Option<Instant>,
@@ -124,7 +129,8 @@ impl Log {
         let partial = &mut self.partial[output as usize];
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
             partial.extend_from_slice(piece);
-            while partial.len() > LINE_BYTES {
+            // The line's end is no part of the line.
+            while partial.strip_suffix(b"\n").unwrap_or(partial).len() > LINE_BYTES {
                 entry(&mut entries, &stamp, output, 'P', &partial[..LINE_BYTES]);
                 line(&partial[..LINE_BYTES]);
                 lines += 1;
@@ -165,7 +171,7 @@ impl Log {
             queue.error.get_or_insert_with(|| "the file system does not answer".to_owned());
         } else {
             queue.entries.extend_from_slice(entries);
-            queue.lines += lines;
+            queue.idle = false;
             queue.progress.get_or_insert_with(Instant::now);
             self.shared.changed.notify_all();
         }
@@ -190,7 +196,7 @@ impl Log {
         while self.writing && !queue.idle {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                queue.lost += queue.lines;
+                queue.lost += queue.writing + count(&queue.entries);
                 queue.error.get_or_insert_with(|| "the file system does not answer".to_owned());
                 break;
             }
@@ -229,8 +235,11 @@ fn write_all(shared: &Shared, files: &mut Files) {
         }
         queue.idle = false;
         queue.progress = Some(Instant::now());
-        let entries = std::mem::take(&mut queue.entries);
-        let lines = std::mem::take(&mut queue.lines);
+        let size = whole_entries(&queue.entries, PIECE_BYTES);
+        let rest = queue.entries.split_off(size);
+        let entries = std::mem::replace(&mut queue.entries, rest);
+        let lines = count(&entries);
+        queue.writing = lines;
         let (lost, error) = (queue.lost, queue.error.clone());
         drop(queue);
         let mut result = Ok(());
@@ -244,8 +253,9 @@ fn write_all(shared: &Shared, files: &mut Files) {
             }
         }
         let result = result.and_then(|()| files.append(&entries));
+        let mut queue = shared.lock();
+        queue.writing = 0;
         if let Err(error) = result {
-            let mut queue = shared.lock();
             queue.lost += lines;
             queue.error = Some(error.to_string());
         }
@@ -261,15 +271,29 @@ struct Files {
 }
 
 impl Files {
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.file.is_some() && self.size + bytes.len() as u64 > self.limits.bytes && self.size > 0 {
-            self.rotate();
+    /// Writes whole entries, into as many files as their size wants.
+    fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            if self.file.is_none() {
+                let file = open(&self.path)?;
+                self.size = file.metadata()?.len();
+                self.file = Some(file);
+            }
+            let left = self.limits.bytes.saturating_sub(self.size);
+            let fits = bytes.len() as u64 <= left;
+            let first = whole_entries(bytes, usize::try_from(left).unwrap_or(usize::MAX));
+            if !fits && self.size > 0 && first as u64 > left {
+                self.rotate();
+                continue;
+            }
+            let (now, later) = bytes.split_at(first);
+            self.write(now)?;
+            bytes = later;
         }
-        if self.file.is_none() {
-            let file = open(&self.path)?;
-            self.size = file.metadata()?.len();
-            self.file = Some(file);
-        }
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
         if let Err(error) = file.write_all(bytes) {
             // Half a line would confuse every reader.
@@ -281,26 +305,52 @@ impl Files {
         Ok(())
     }
 
+    /// `n.log` becomes `n.log.1`, that becomes `n.log.2`, and the oldest goes.
     fn rotate(&mut self) {
-        self.file = None;
         let numbered = |n: u32| PathBuf::from(format!("{}.{n}", self.path.display()));
         for n in (1..self.limits.files.saturating_sub(1)).rev() {
             let _ = fs::rename(numbered(n), numbered(n + 1));
         }
-        if self.limits.files > 1 {
-            let _ = fs::rename(&self.path, numbered(1));
-        } else {
-            let _ = fs::remove_file(&self.path);
+        let moved = self.limits.files > 1 && fs::rename(&self.path, numbered(1)).is_ok();
+        // What cannot be moved is emptied: a log must not outgrow its limit.
+        if !moved && let Some(file) = &self.file {
+            let _ = file.set_len(0);
         }
+        self.file = None;
+        self.size = 0;
     }
 }
 
-/// Opens a log for appending, readable by its owner alone.
+/// Entries end with a line end and hold no other.
+fn count(entries: &[u8]) -> u64 {
+    entries.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// How many bytes of `entries` come to at most `limit` without cutting an entry; at least one entry.
+fn whole_entries(entries: &[u8], limit: usize) -> usize {
+    if entries.len() <= limit {
+        return entries.len();
+    }
+    let within = entries.get(..limit).and_then(|e| e.iter().rposition(|byte| *byte == b'\n'));
+    let end = within.or_else(|| entries.iter().position(|byte| *byte == b'\n'));
+    end.map_or(entries.len(), |end| end + 1)
+}
+
+/// Opens a log for appending, readable by its owner alone. Its directory is made anew where the container removed it.
 ///
 /// # Errors
 /// When it cannot be opened.
 pub fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+    let open = || OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                DirBuilder::new().mode(0o700).recursive(true).create(parent)?;
+            }
+            open()
+        }
+        result => result,
+    }
 }
 
 #[cfg(test)]
@@ -342,6 +392,61 @@ mod tests {
         let got = texts(&path);
         assert_eq!(got.len(), 2);
         assert!(got[0].starts_with("stdout P x") && got[1] == format!("stdout F {}", "x".repeat(10)));
+    }
+
+    #[test]
+    fn a_line_of_just_the_limit_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        for (length, wanted) in
+            [(LINE_BYTES - 1, 1), (LINE_BYTES, 1), (LINE_BYTES + 1, 2), (2 * LINE_BYTES, 2)]
+        {
+            let mut line = vec![b'x'; length];
+            line.push(b'\n');
+            for size in [1000, LINE_BYTES, 100_000] {
+                let path = dir.path().join(format!("{length}-{size}.log"));
+                let mut log = Log::new(path.clone(), LogLimits::default());
+                line.chunks(size).for_each(|chunk| log.take(Output::Stdout, chunk, |_| {}));
+                assert_eq!(log.finish(HUNG).lost, 0);
+                let got = texts(&path);
+                assert_eq!(got.len(), wanted, "{length} in chunks of {size}");
+                assert!(got.last().unwrap().starts_with("stdout F x"));
+            }
+        }
+    }
+
+    #[test]
+    fn rotation_cuts_no_entry_and_no_file_outgrows_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("logs/0.log");
+        let mut files = Files { path, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
+        let all: String = (0..50).map(|n| format!("entry number {n:02}\nshort\n")).collect();
+        files.append(all.as_bytes()).unwrap();
+        let left: Vec<String> = fs::read_dir(dir.path().join("logs"))
+            .unwrap()
+            .map(|e| fs::read_to_string(e.unwrap().path()).unwrap())
+            .collect();
+        assert_eq!(left.len(), 3);
+        assert!(left.iter().all(|text| text.len() <= 100 && text.ends_with('\n')), "{left:?}");
+        assert!(left.iter().any(|text| text.ends_with("entry number 49\nshort\n")));
+    }
+
+    #[test]
+    fn after_a_failure_the_log_goes_on_and_says_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        fs::create_dir(&path).unwrap();
+        let mut log = Log::new(path.clone(), LogLimits::default());
+        log.take(Output::Stdout, b"a\nb\n", |_| {});
+        while !log.shared.lock().idle {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        fs::remove_dir(&path).unwrap();
+        log.take(Output::Stdout, b"c\n", |_| {});
+        assert_eq!(log.finish(HUNG).lost, 2);
+        let got = texts(&path);
+        assert_eq!(got.len(), 2, "{got:?}");
+        assert!(got[0].starts_with("stderr F [jiriaf-pilot: 2 lines lost: "), "{got:?}");
+        assert_eq!(got[1], "stdout F c");
     }
 
     #[test]

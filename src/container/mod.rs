@@ -4,12 +4,15 @@
 //! what happens. [`supervise`] and [`launch`] are the stages that do it, processes of the same binary.
 
 mod client;
+mod exec;
 mod launch;
 mod log;
+mod output;
 mod peer;
 pub mod process;
 mod protocol;
 mod remains;
+mod run;
 mod supervisor;
 
 pub use client::{Supervisor, Supervisors, SupervisorsError};

@@ -73,7 +73,7 @@ impl Peer {
     }
 
     pub(super) fn receive(&mut self) {
-        let mut bytes = [0; 16 * 1024];
+        let mut bytes = [0; 4096];
         loop {
             match self.stream.read(&mut bytes) {
                 Ok(0) => self.closed = true,

@@ -146,8 +146,15 @@ impl Identity {
     /// Whether the process still is there (and no zombie).
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.boot == boot_id()
-            && stat(self.pid).is_some_and(|stat| stat.start == self.start && stat.state != 'Z')
+        if self.boot != boot_id() {
+            return false;
+        }
+        match stat(self.pid) {
+            Some(stat) => stat.start == self.start && stat.state != 'Z',
+            // Where /proc is mounted with hidepid=2 (proc(5)), a process that is not dumpable is hidden even from its own
+            // user.
+            None => kill(Pid::from_raw(self.pid), None).is_ok(),
+        }
     }
 }
 

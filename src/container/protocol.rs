@@ -114,12 +114,18 @@ pub struct End {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum StartError {
     /// There is no such program, or not where it was looked for.
-    #[error(
-        "{program}: not found; is it installed on this host and in PATH? (a script needs its path, or an interpreter that exists in its first line)"
-    )]
+    #[error("{program}: not found; is it installed on this host and in PATH?")]
     NotFound {
         /// The program.
         program: String,
+    },
+    /// It is there, and what would run it is not.
+    #[error("{program}: {problem}")]
+    Interpreter {
+        /// The program.
+        program: String,
+        /// What is not there, and the way out.
+        problem: String,
     },
     /// It may not be run.
     #[error("{program}: {problem}; is it executable, and not on a file system mounted noexec?")]
@@ -160,7 +166,7 @@ impl StartError {
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::NotFound { .. } => 127,
+            Self::NotFound { .. } | Self::Interpreter { .. } => 127,
             Self::NotExecutable { .. } | Self::Format { .. } => 126,
             Self::WorkingDirectory { .. } | Self::Other { .. } => 128,
         }
@@ -212,6 +218,7 @@ pub(super) enum Order {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Launch {
     pub argv: Vec<String>,
+    pub env: Vec<(String, String)>,
     pub working_dir: PathBuf,
     pub container_dir: PathBuf,
     pub log: PathBuf,

@@ -70,8 +70,9 @@ pub(super) async fn end_marked_until_gone(prefix: &str) -> usize {
 #[must_use]
 pub fn is_supervisor(directory: &Path, pid: i32) -> bool {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let known =
-        entries.filter_map(|entry| Identity::read(&entry.path().join(IDENTITY))).any(|i| i.pid == pid);
+    let known = entries
+        .filter_map(|entry| Identity::read(&entry.path().join(IDENTITY)))
+        .any(|i| i.pid == pid && i.is_alive());
     // One that has just begun has not written its file yet; its command line tells (proc(5): arguments end with NUL).
     known || {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -1,0 +1,257 @@
+//! One run of a container, from the third stage to the death of its last process.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::log::{Log, Output};
+use super::output::Outputs;
+use super::process;
+use super::protocol::{ContainerSpec, End, Event, Launch, StartError, line};
+
+/// What got SIGKILL and is there after this long sleeps in the kernel (state D) or is not ours to kill (setuid).
+const SURVIVORS_LIMIT: Duration = Duration::from_secs(2);
+
+/// However often new processes are found (a program that forks faster than it is killed), the end is told after this.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// While something is being killed, /proc is looked at again this often.
+const KILL_INTERVAL: Duration = Duration::from_micros(300);
+
+/// How long the log's writer is waited for at the end.
+const LOG_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the third stage, which only reads, may take to take its settings.
+const LAUNCH_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the third stage says is one short line.
+const ANSWER_BYTES: usize = 64 * 1024;
+
+/// The third stage, waiting for what to start: that takes the start of its process off the way of a pod.
+pub(super) struct Launcher {
+    pub(super) pid: i32,
+    socket: UnixStream,
+    outputs: Outputs,
+}
+
+impl Launcher {
+    pub(super) fn spawn() -> io::Result<Self> {
+        let (socket, theirs) = UnixStream::pair()?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("jiriaf-pilot")
+            .arg("launch")
+            // The container's comes down the socket: so no LD_ variable of its touches our own program.
+            .env_clear()
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let outputs = Outputs::new(&mut child)?;
+        Ok(Self { pid: i32::try_from(child.id()).unwrap_or(i32::MAX), socket, outputs })
+    }
+}
+
+/// A container that was started.
+pub(super) struct Running {
+    pub(super) pid: i32,
+    /// Open until the third stage's exec.
+    pub(super) launch: Option<UnixStream>,
+    answer: Vec<u8>,
+    pub(super) outputs: Outputs,
+    pub(super) log: Log,
+    started_at: Option<SystemTime>,
+    /// How the first process ended, and when.
+    pub(super) first: Option<(WaitStatus, SystemTime)>,
+    /// When it is killed.
+    pub(super) kill_at: Option<Instant>,
+    /// Whether its end was asked for.
+    pub(super) terminated: bool,
+    pub(super) forward: bool,
+    pub(super) orphan_timeout: Duration,
+    pub(super) grace: Duration,
+}
+
+impl Running {
+    /// Gives the third stage what it is to become.
+    pub(super) fn start(launcher: Launcher, spec: ContainerSpec) -> io::Result<Self> {
+        let Launcher { pid, mut socket, outputs } = launcher;
+        let log = Log::new(spec.log.clone(), spec.log_limits);
+        let launch = Launch {
+            argv: spec.argv,
+            env: spec.env,
+            working_dir: spec.working_dir,
+            container_dir: spec.container_dir,
+            log: spec.log,
+            session: spec.session,
+            oom_score_adj: spec.oom_score_adj,
+        };
+        socket.set_write_timeout(Some(LAUNCH_LIMIT))?;
+        socket.write_all(&line(&launch))?;
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            pid,
+            launch: Some(socket),
+            answer: Vec::new(),
+            outputs,
+            log,
+            started_at: None,
+            first: None,
+            kill_at: None,
+            terminated: false,
+            forward: spec.forward_output,
+            orphan_timeout: spec.orphan_timeout,
+            grace: spec.grace,
+        })
+    }
+
+    /// The third stage has something to say, or has become the program: its end of the socket is closed by exec.
+    pub(super) fn hear_launch(&mut self) -> Option<Event> {
+        let mut bytes = [0; 1024];
+        loop {
+            match self.launch.as_mut()?.read(&mut bytes) {
+                Ok(0) => break,
+                Ok(n) if self.answer.len() < ANSWER_BYTES => self.answer.extend_from_slice(&bytes[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Ok(_) | Err(_) => break,
+            }
+        }
+        self.launch = None;
+        if !self.answer.is_empty() {
+            return None;
+        }
+        let at = SystemTime::now();
+        self.started_at = Some(at);
+        if self.terminated && self.first.is_none() {
+            self.send_term();
+        }
+        Some(Event::Started { pid: self.pid, at })
+    }
+
+    /// SIGTERM once, and SIGKILL after `grace`; a later call may only shorten it.
+    pub(super) fn terminate(&mut self, grace: Duration) {
+        // A grace of centuries is one without end.
+        let kill_at = Instant::now().checked_add(grace);
+        self.kill_at = self.kill_at.into_iter().chain(kill_at).min();
+        if !self.terminated {
+            self.terminated = true;
+            // Before its exec it would die by it without a word of the program's own.
+            if self.started_at.is_some() {
+                self.send_term();
+            }
+        }
+    }
+
+    fn send_term(&self) {
+        let group = Pid::from_raw(self.pid);
+        let _ = killpg(group, Signal::SIGTERM);
+        // What is stopped (by reading a terminal, or by job control) acts on its SIGTERM when it goes on.
+        let all = process::descendants(nix::unistd::getpid().as_raw());
+        if all.iter().any(|pid| process::stat(*pid).is_some_and(|stat| stat.state == 'T')) {
+            let _ = killpg(group, Signal::SIGCONT);
+        }
+    }
+
+    /// Kills what is left of the container and tells how it ended. `told` gets what is still to be told before.
+    pub(super) fn end(mut self, told: &mut dyn FnMut(Event)) -> Event {
+        let survivors = end_tree(|pid, status| self.note(pid, status));
+        // The tree is dead, so the socket has its end.
+        if let Some(event) = self.hear_launch() {
+            told(event);
+        }
+        let forward = self.forward;
+        self.outputs.read_rest(&mut self.log, &mut |output, line| {
+            if forward {
+                told(output_event(output, line));
+            }
+        });
+        let log = self.log.finish(LOG_LIMIT);
+        if let Some(error) = self.start_error() {
+            return Event::StartFailed(error);
+        }
+        // A first process that no signal ends counts as killed.
+        let (exit_code, signal, finished_at) = match self.first {
+            Some((WaitStatus::Exited(_, code), at)) => (code, None, at),
+            Some((WaitStatus::Signaled(_, signal, _), at)) => (128 + signal as i32, Some(signal as i32), at),
+            _ => (137, Some(Signal::SIGKILL as i32), SystemTime::now()),
+        };
+        Event::Ended(End {
+            exit_code,
+            signal,
+            started_at: self.started_at.unwrap_or(finished_at),
+            finished_at,
+            log_lines_lost: log.lost,
+            log_error: log.error,
+            survivors,
+        })
+    }
+
+    /// Takes note of a child's end.
+    pub(super) fn note(&mut self, pid: i32, status: WaitStatus) {
+        if pid == self.pid {
+            self.first.get_or_insert((status, SystemTime::now()));
+        }
+    }
+
+    /// Why the program never began, where the third stage said so.
+    fn start_error(&self) -> Option<StartError> {
+        if self.answer.is_empty() {
+            return None;
+        }
+        Some(serde_json::from_slice(&self.answer).unwrap_or_else(|_| StartError::Other {
+            what: "starting the container".to_owned(),
+            problem: String::from_utf8_lossy(&self.answer).into_owned(),
+        }))
+    }
+}
+
+/// A line of output, to be told.
+pub(super) fn output_event(output: Output, line: &[u8]) -> Event {
+    Event::Output { stderr: output == Output::Stderr, line: String::from_utf8_lossy(line).into_owned() }
+}
+
+/// Reaps all children that have ended.
+pub(super) fn reap(mut ended: impl FnMut(i32, WaitStatus)) {
+    loop {
+        match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Ok(WaitStatus::StillAlive) | Err(_) => return,
+            Ok(status) => {
+                if let Some(pid) = status.pid() {
+                    ended(pid.as_raw(), status);
+                }
+            }
+        }
+    }
+}
+
+/// Kills and reaps until no child is left. What cannot be killed is named.
+pub(super) fn end_tree(mut ended: impl FnMut(i32, WaitStatus)) -> Vec<String> {
+    let own = nix::unistd::getpid().as_raw();
+    let start = Instant::now();
+    let mut condemned: Vec<i32> = Vec::new();
+    loop {
+        reap(&mut ended);
+        let left = process::descendants(own);
+        if left.is_empty() {
+            return Vec::new();
+        }
+        for pid in &left {
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        let past = start.elapsed();
+        let stuck = left.iter().all(|pid| condemned.contains(pid));
+        if past >= KILL_LIMIT || past >= SURVIVORS_LIMIT && stuck {
+            return left.into_iter().map(process::describe).collect();
+        }
+        condemned = left;
+        std::thread::sleep(KILL_INTERVAL);
+    }
+}
