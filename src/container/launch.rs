@@ -4,26 +4,30 @@
 //! between fork and exec happens here, in a process of its own: so nothing needs `pre_exec` or unsafe code. A program
 //! that cannot be run is told on the socket; a successful exec closes it.
 
+use std::ffi::CString;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Pid, dup2_stdin, getpid, setpgid, setsid};
+use nix::unistd::{Pid, dup2_stdin, execv, getpid, setpgid, setsid};
 
 use super::log;
 use super::protocol::{LINE_BYTES, Launch, Session, StartError, line};
 
 /// A script that was just written may still be open for writing in a process between fork and exec (ETXTBSY).
 const BUSY_LIMIT: Duration = Duration::from_millis(200);
+
+/// Where programs are looked for when a container has no PATH: as glibc and musl do, less the latter's /usr/local.
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// The `launch` stage's main.
 #[must_use]
@@ -104,16 +108,57 @@ fn ignored(status: &str) -> Vec<i32> {
     (1..=31).filter(|signal| mask & (1 << (signal - 1)) != 0).collect()
 }
 
+/// By execv, and not by std's exec: glibc's execvp gives a script without a `#!` line to sh, musl's does not. Whatever
+/// this program is built with, such a script is refused and told what it lacks.
 fn exec(launch: &Launch) -> StartError {
-    let Some((program, args)) = launch.argv.split_first() else {
+    let Some(program) = launch.argv.first() else {
         return StartError::NotFound { program: String::new() };
     };
+    let text = |text: &str| {
+        CString::new(text).map_err(|_| StartError::Other {
+            what: format!("{text:?}"),
+            problem: "a NUL cannot be part of a command line".to_owned(),
+        })
+    };
+    let argv: Result<Vec<CString>, StartError> = launch.argv.iter().map(|arg| text(arg)).collect();
+    let argv = match argv {
+        Ok(argv) => argv,
+        Err(error) => return error,
+    };
+    // As std's exec does; ignored signals have been seen to.
+    let _ = SigSet::empty().thread_set_mask();
+    let path = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
+    let mut denied = None;
+    for file in candidates(program, &path) {
+        let Ok(file) = text(&file) else { continue };
+        match exec_file(&file, &argv) {
+            // As execvp(3): the search goes on, and a file that may not be run is told of when nothing else is found.
+            Errno::ENOENT | Errno::ENOTDIR => {}
+            errno @ Errno::EACCES => denied = Some(errno),
+            errno => return explain(program, &errno.into()),
+        }
+    }
+    explain(program, &denied.unwrap_or(Errno::ENOENT).into())
+}
+
+/// Where a program may be: as it is written when it holds a slash, else in the directories of PATH, an empty one being
+/// the working directory (execvp(3)).
+fn candidates(program: &str, path: &str) -> Vec<String> {
+    if program.is_empty() || program.contains('/') {
+        return vec![program.to_owned()];
+    }
+    let directory = |directory: &str| {
+        if directory.is_empty() { format!("./{program}") } else { format!("{directory}/{program}") }
+    };
+    path.split(':').map(directory).collect()
+}
+
+fn exec_file(file: &CString, argv: &[CString]) -> Errno {
     let start = Instant::now();
     loop {
-        let error = Command::new(program).args(args).exec();
-        let busy = error.raw_os_error() == Some(Errno::ETXTBSY as i32);
-        if !busy || start.elapsed() > BUSY_LIMIT {
-            return explain(program, &error);
+        let Err(errno) = execv(file, argv);
+        if errno != Errno::ETXTBSY || start.elapsed() > BUSY_LIMIT {
+            return errno;
         }
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -139,6 +184,13 @@ mod tests {
     fn ignored_signals_are_read_from_the_mask() {
         assert_eq!(ignored("Name:\tx\nSigIgn:\t0000000000001201\n"), [1, 10, 13]);
         assert!(ignored("").is_empty());
+    }
+
+    #[test]
+    fn a_program_without_a_slash_is_looked_for_in_the_path() {
+        assert_eq!(candidates("bash", "/bin::/usr/bin"), ["/bin/bash", "./bash", "/usr/bin/bash"]);
+        assert_eq!(candidates("./x", "/bin"), ["./x"]);
+        assert_eq!(candidates("", "/bin"), [""]);
     }
 
     #[test]
