@@ -68,6 +68,19 @@ fn a_program_that_is_not_there_ends_its_container_with_127_and_says_so() {
 }
 
 #[test]
+fn a_script_without_an_interpreters_line_and_a_command_says_what_is_missing() {
+    let namespace = Namespace::new("no-line");
+    let pilot = Pilot::local(Options::new("no-line"), 600);
+    namespace.config_map("p", &[("run.sh", "exit 0\n")]);
+    let mut bare = container("c1", "p");
+    bare.as_object_mut().unwrap().remove("command");
+    namespace.pod_on(&pilot, "p", pod_spec("Never", &[bare]));
+    let pod = namespace.wait_phase("p", "Failed", seconds(30));
+    let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
+    assert!(ended["message"].as_str().unwrap_or_default().contains("#!"), "{:#}", pod["status"]);
+}
+
+#[test]
 fn an_image_that_names_no_volume_mount_waits_and_says_what_would_be_accepted() {
     let namespace = Namespace::new("image");
     let pilot = Pilot::local(Options::new("image"), 600);
