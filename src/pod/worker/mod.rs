@@ -189,7 +189,15 @@ impl Worker {
     }
 
     async fn run(mut self, start: Start) {
+        let fresh = matches!(start, Start::Fresh);
         self.begin(start);
+        if fresh && self.stop.is_none() {
+            // The reads are on their way before this thread spends a millisecond on processes: both take about as long.
+            tokio::task::yield_now().await;
+            for index in 0..self.containers.len() {
+                self.ready[index] = self.spawn_supervisor(index);
+            }
+        }
         loop {
             self.settle().await;
             if self.is_finished() {
@@ -223,7 +231,7 @@ impl Worker {
         match start {
             Start::Fresh => {
                 self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
-                self.prepare(true);
+                self.prepare();
             }
             Start::Resumed(supervisors) => self.resume(supervisors),
         }
@@ -262,7 +270,7 @@ impl Worker {
             }
         }
         if unprepared && self.record.last_status.is_none() {
-            self.prepare(false);
+            self.prepare();
         }
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
@@ -273,14 +281,9 @@ impl Worker {
         }
     }
 
-    /// Starts the reading of the pod's objects, its directory and volumes; and, on the way, its supervisors.
-    fn prepare(&mut self, with_supervisors: bool) {
+    /// Starts the reading of the pod's objects, its directory and volumes.
+    fn prepare(&mut self) {
         self.prepare_at = None;
-        if with_supervisors {
-            for index in 0..self.containers.len() {
-                self.ready[index] = self.spawn_supervisor(index);
-            }
-        }
         let context = Arc::clone(&self.context);
         let pod = self.record.pod.clone();
         let directory = self.record.directory.clone();
@@ -310,7 +313,7 @@ impl Worker {
                 if self.record.pod.metadata.deletion_timestamp.is_some() {
                     self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
                 } else if image_changed && self.stop.is_none() && self.has_waiting() {
-                    self.prepare(false);
+                    self.prepare();
                 }
             }
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
@@ -523,7 +526,7 @@ impl Worker {
             self.announce_at = None;
         }
         if self.prepare_at.is_some_and(|at| at <= now) && self.preparing.is_none() {
-            self.prepare(false);
+            self.prepare();
         }
         let due: Vec<usize> = (0..self.containers.len())
             .filter(|i| self.containers[*i].restart_at.is_some_and(|at| at <= now))
@@ -547,7 +550,7 @@ impl Worker {
             }
             // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
             if self.preparing.is_none() {
-                self.prepare(false);
+                self.prepare();
             }
         }
         if self.delete_at.is_some_and(|at| at <= now) {
