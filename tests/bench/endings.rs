@@ -87,7 +87,7 @@ fn one(watcher: &Watcher, namespace: &Namespace, number: usize) -> Lost {
     for name in &names {
         watcher.wait("running", &namespace.name, name, |seen| seen.running);
     }
-    if number % 2 == 0 {
+    if number.is_multiple_of(2) {
         pilot.signal(Signal::SIGTERM);
     }
     let code = pilot.wait_exit(Duration::from_secs(WALLTIME.into()) + seconds(10));

@@ -22,6 +22,8 @@ pub struct Floors {
     pub execs: Samples,
     /// One TokenRequest, from its start to its answer.
     pub token: Samples,
+    /// bash by itself, from its start to its script's first line: a part of every start that is measured here.
+    pub bash: Samples,
 }
 
 /// A Node that nobody has: what is bound to it stays as it is, until the pod garbage collector comes (40 s).
@@ -70,7 +72,13 @@ pub fn measure(watcher: &Watcher, samples: usize) -> Floors {
         tokens.create(&json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
             "spec": {"expirationSeconds": 3600}}));
     });
-    Floors { read, patch, create, execs, token }
+    let mut bash = Samples::default();
+    for _ in 0..samples {
+        let start = SystemTime::now();
+        let output = Command::new("bash").args(["-c", "echo $EPOCHREALTIME"]).output().unwrap();
+        bash.push(start, crate::series::moment(String::from_utf8_lossy(&output.stdout).trim()));
+    }
+    Floors { read, patch, create, execs, token, bash }
 }
 
 impl Floors {
@@ -78,6 +86,7 @@ impl Floors {
     pub fn tell(&self, report: &mut Report) {
         report.push(Figure::floor("one GET of a ConfigMap", &self.read));
         report.push(Figure::floor("three execs of the static binary", &self.execs));
+        report.push(Figure::floor("bash until its first line", &self.bash));
         report.push(Figure::floor("one status PATCH until a watcher sees it", &self.patch));
         report.push(Figure::floor("one create until a watcher sees it", &self.create));
         report.push(Figure::floor("one TokenRequest", &self.token));

@@ -132,6 +132,9 @@ impl Report {
 
     /// One more row. It is shown at once too: a run takes minutes.
     pub fn push(&mut self, figure: Figure) {
+        if figure.samples == Some(0) {
+            return;
+        }
         eprintln!("{}", figure.row());
         self.figures.push(figure);
     }
@@ -145,6 +148,10 @@ impl Report {
             text("processor"),
             self.machine["memoryGB"],
             text("kernel")
+        );
+        println!(
+            "Load average when it began: {} (what else runs here is measured too)\n",
+            text("loadAverage")
         );
         println!("| figure | unit | p50 / p99 | floor | ratio | goal | |");
         println!("| --- | --- | --- | --- | --- | --- | --- |");
@@ -171,6 +178,7 @@ fn machine() -> Value {
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "processor": after(&read("/proc/cpuinfo"), "model name"),
         "memoryGB": (kilobytes * 1024.0 / 1e9).round(),
+        "loadAverage": read("/proc/loadavg").split(' ').next().unwrap_or_default(),
         "kernel": format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),
     })
 }

@@ -1,7 +1,7 @@
 //! Pods from their binding to their end, one at a time and many at once.
 
 use std::sync::Barrier;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -19,6 +19,10 @@ pub const SHORT: &str = "begin=$EPOCHREALTIME\necho \"$begin $EPOCHREALTIME\" >t
 
 /// Takes no memory of its own: bash becomes sleep.
 pub const SLEEP: &str = "exec sleep 600\n";
+
+/// After each pod that stands alone: what follows its end (an event, its supervisor's good-bye) is not the next
+/// one's burden.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections that create pods at once. More would measure TLS handshakes.
 const CREATORS: usize = 5;
@@ -60,6 +64,7 @@ impl Series<'_> {
                 let name = self.name(index);
                 let asked = self.create(&name);
                 self.wait_ended(&name);
+                std::thread::sleep(PAUSE);
                 self.moments(&name, asked)
             })
             .collect();
@@ -166,9 +171,9 @@ impl Series<'_> {
 }
 
 /// `$EPOCHREALTIME`: seconds and six decimals since 1970.
-fn moment(text: &str) -> SystemTime {
+pub fn moment(text: &str) -> SystemTime {
     let micros: u64 = text.replace(['.', ','], "").parse().unwrap_or_else(|error| panic!("{text}: {error}"));
-    SystemTime::UNIX_EPOCH + std::time::Duration::from_micros(micros)
+    SystemTime::UNIX_EPOCH + Duration::from_micros(micros)
 }
 
 /// The figures of all series, into the table.

@@ -23,7 +23,7 @@ impl Worker {
                 if self.record.pod.metadata.deletion_timestamp.is_some() {
                     self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
                 } else if image_changed && self.stop.is_none() && self.has_waiting() {
-                    self.prepare(false);
+                    self.prepare();
                 }
             }
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
@@ -135,7 +135,7 @@ impl Worker {
             self.announce_at = None;
         }
         if self.prepare_at.is_some_and(|at| at <= now) && self.preparing.is_none() {
-            self.prepare(false);
+            self.prepare();
         }
         let due: Vec<usize> = (0..self.containers.len())
             .filter(|i| self.containers[*i].restart_at.is_some_and(|at| at <= now))
@@ -161,7 +161,7 @@ impl Worker {
             self.announce_at = Some(now + ANNOUNCE_AFTER);
             // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
             if self.preparing.is_none() {
-                self.prepare(false);
+                self.prepare();
             }
         }
         if self.delete_at.is_some_and(|at| at <= now) {

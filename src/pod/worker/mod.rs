@@ -189,7 +189,15 @@ impl Worker {
     }
 
     async fn run(mut self, start: Start) {
+        let fresh = matches!(start, Start::Fresh);
         self.begin(start);
+        if fresh && self.stop.is_none() {
+            // The reads are on their way before this thread spends a millisecond on processes: both take about as long.
+            tokio::task::yield_now().await;
+            for index in 0..self.containers.len() {
+                self.ready[index] = self.spawn_supervisor(index);
+            }
+        }
         loop {
             self.settle().await;
             if self.is_finished() {

@@ -21,7 +21,7 @@ impl Worker {
         match start {
             Start::Fresh => {
                 self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
-                self.prepare(true);
+                self.prepare();
             }
             Start::Resumed(supervisors) => self.resume(supervisors),
         }
@@ -60,7 +60,7 @@ impl Worker {
             }
         }
         if unprepared && self.record.last_status.is_none() {
-            self.prepare(false);
+            self.prepare();
         }
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
@@ -71,14 +71,9 @@ impl Worker {
         }
     }
 
-    /// Starts the reading of the pod's objects, its directory and volumes; and, on the way, its supervisors.
-    pub(super) fn prepare(&mut self, with_supervisors: bool) {
+    /// Starts the reading of the pod's objects, its directory and volumes.
+    pub(super) fn prepare(&mut self) {
         self.prepare_at = None;
-        if with_supervisors {
-            for index in 0..self.containers.len() {
-                self.ready[index] = self.spawn_supervisor(index);
-            }
-        }
         let context = Arc::clone(&self.context);
         let pod = self.record.pod.clone();
         let directory = self.record.directory.clone();
