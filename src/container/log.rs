@@ -276,7 +276,12 @@ impl Files {
         while !bytes.is_empty() {
             if self.file.is_none() {
                 let file = open(&self.path)?;
-                self.size = file.metadata()?.len();
+                let found = file.metadata()?;
+                self.size = found.len();
+                // A device or a pipe is never moved away: somebody else's it is, and endless.
+                if !found.is_file() {
+                    self.limits.bytes = u64::MAX;
+                }
                 self.file = Some(file);
             }
             let left = self.limits.bytes.saturating_sub(self.size);
@@ -461,6 +466,19 @@ mod tests {
         names.sort();
         assert_eq!(names, ["0.log", "0.log.1", "0.log.2"]);
         assert!(fs::read_to_string(dir.path().join("0.log")).unwrap().contains("19"));
+    }
+
+    #[test]
+    fn what_is_no_file_is_never_moved_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("device");
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        let limits = LogLimits { bytes: 10, files: 3 };
+        let mut files = Files { path: path.clone(), limits, file: None, size: 0 };
+        for _ in 0..5 {
+            files.append(b"more than ten bytes\n").unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
