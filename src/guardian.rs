@@ -308,7 +308,10 @@ impl Guardian {
             if let Some(word) =
                 whole.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).next_back()
             {
+                // A pilot that is started again has not said yet where they are, and they are there all the same.
+                let known = self.word.supervisors.take();
                 self.word = word;
+                self.word.supervisors = self.word.supervisors.take().or(known);
                 pilot.listens = true;
             }
         }
