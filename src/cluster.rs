@@ -236,13 +236,19 @@ fn token_expiry(token: &str) -> Option<SystemTime> {
 #[must_use]
 pub fn explain(error: &kube::Error) -> String {
     match error {
-        kube::Error::Api(status) if matches!(status.code, 401 | 403) => format!(
-            "{} (HTTP {}); the credential needs the rights of docs/cluster/",
-            status.message, status.code
-        ),
-        kube::Error::Api(status) => format!("{} (HTTP {})", status.message, status.code),
+        kube::Error::Api(status) => explain_answer(status),
         other => causes(other),
     }
+}
+
+/// A refusal in the API server's own words, with the way out where a right is missing.
+#[must_use]
+pub fn explain_answer(status: &kube::core::Status) -> String {
+    let mend = match status.code {
+        401 | 403 => "; the credential needs the rights of docs/cluster/",
+        _ => "",
+    };
+    format!("{} (HTTP {}){mend}", status.message, status.code)
 }
 
 /// An error with what caused it: `ServiceError: client error (Connect): Connection refused`.

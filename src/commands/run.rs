@@ -111,8 +111,12 @@ async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
 /// Waits for the end, cordoning the Node on the way when its time comes.
 async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
     let mut timing = pilot.timing.clone();
+    let mut node = pilot.node.state();
     let mut cordon = Cordon::Open;
     loop {
+        if node.borrow_and_update().taken_by.is_some() {
+            return End::Taken;
+        }
         let (phase, wait) = drain::phase(timing.borrow_and_update().as_ref(), SystemTime::now());
         match phase {
             Phase::Draining => return End::Deadline,
@@ -132,6 +136,7 @@ async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
                 Signal::Interrupt => return End::Interrupted,
             },
             _ = timing.changed() => {}
+            _ = node.changed() => {}
             () = tokio::time::sleep(retry) => {}
         }
     }

@@ -1,157 +1,138 @@
-//! `jiriaf.alivetime`: whole seconds that a pod can count on, never overstated, with few writes.
+//! The label `jiriaf.alivetime`: the whole seconds that a pod can count on, published so that it never
+//! overstates and needs few writes. [`plan`] decides; `upkeep` writes.
 //!
-//! [`plan`] publishes what will remain at the next refresh, and refreshes before then. The label so falls short of the
-//! truth by at most the refresh interval and the allowance for a slow write, and is never above it.
+//! A label stands still while time runs, so what is published is what will remain when the next value takes
+//! its place: the seconds that remain now, less the time to the next refresh, less what a write may take. It is
+//! then true at every moment in between, and falls short by no more than one such step.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The moments at which a pilot changes what it does.
+/// The times that the end of this pilot is made of, as last learnt. They may move while the job runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
-    /// The batch system begins to kill.
+    /// When the batch system begins to kill.
     pub deadline: SystemTime,
-    /// No more pods are taken.
+    /// When the pilot stops taking pods.
     pub cordon: SystemTime,
-    /// The pods are ended: what alivetime counts to.
+    /// When the pilot begins to end the pods that it has: what `jiriaf.alivetime` counts down to.
     pub drain: SystemTime,
 }
 
-/// A write may take so long before the label that it replaces overstates.
-const WRITE_ALLOWANCE: Duration = Duration::from_secs(2);
-
-/// Between writes while much time is left: one a minute.
-const SLOWEST: Duration = Duration::from_secs(60);
-
-/// Between writes in the last minutes.
-const QUICKEST: Duration = Duration::from_secs(10);
-
-/// The label as it was last acknowledged.
+/// What the API server is known to have: the outcome of the last write that it acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Published {
-    /// Its value, in seconds.
-    pub value: u64,
-    /// The drain time that it was made for.
-    pub drain: SystemTime,
+    /// The times behind the annotations `jiriaf.deadline` and `jiriaf.drain`; `None` where there are none.
+    pub timing: Option<Timing>,
+    /// The value of `jiriaf.alivetime` in seconds; `None` where the label is absent.
+    pub value: Option<u64>,
+    /// When that write was begun.
+    pub at: SystemTime,
 }
 
-/// What to do about the label.
+/// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
-    /// Publish this many seconds now.
-    Write(u64),
-    /// Nothing for so long.
+    /// Write this value of `jiriaf.alivetime` (`None`: no such label) together with the annotations.
+    Write(Option<u64>),
+    /// Nothing is due for this long. At most [`LONGEST_WAIT`].
     Wait(Duration),
-    /// Nothing more, unless the drain time moves: the label says 0.
-    Done,
 }
 
-/// Between two writes when so much is left: 5 % of it, 10 s to 60 s.
-fn interval(left: Duration) -> Duration {
-    (left / 20).clamp(QUICKEST, SLOWEST)
-}
+/// Seconds that a write may take until every reader sees it. API servers promise writes under 1 s at the 99th
+/// percentile (Kubernetes' API call latency SLO), and watchers see them milliseconds later.
+const WRITE_SECS: u64 = 2;
 
-/// What to do now. A drain time that has moved is published at once.
+/// How much earlier still a refresh begins, so that the timer's own lateness (tokio counts in milliseconds)
+/// does not make it late. It also puts the refreshes just after a whole second, so that rounding costs nothing.
+const TIMER_SLACK: Duration = Duration::from_millis(50);
+
+/// Longest step between two values in seconds: one write a minute is what a cluster with hundreds of pilots
+/// is asked to take.
+const LONGEST_STEP: u64 = 60;
+
+/// Shortest step between two values in seconds: one write in ten seconds, as often as the Lease is renewed.
+const SHORTEST_STEP: u64 = 10;
+
+/// A step is one twentieth (5 %) of what remains, within the two limits above.
+const STEP_PART: u64 = 20;
+
+/// A deadline that moves is published at once, but not twice within this time: a source that flickers must not
+/// flood the API server.
+const MOVE_LIMIT: Duration = Duration::from_secs(1);
+
+/// No plan looks further ahead than this. Timers do not run while a host is suspended, and the clock may be
+/// set: a look each 10 s, as often as the Lease is renewed, notices either.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// How much the label may fall short of the whole seconds that remain: one step and one write.
+/// max(10 s, min(60 s, 5 %)) + 2 s.
 #[must_use]
-pub fn plan(now: SystemTime, drain: SystemTime, last: Option<Published>) -> Plan {
-    let left = drain.duration_since(now).unwrap_or_default();
-    if let Some(last) = last.filter(|last| last.drain == drain) {
-        if last.value == 0 {
-            return Plan::Done;
-        }
-        // The write must be through before what is left falls to the value.
-        let refresh = Duration::from_secs(last.value) + WRITE_ALLOWANCE;
-        if left > refresh {
-            return Plan::Wait(left.saturating_sub(refresh));
-        }
-    }
-    Plan::Write(whole_seconds_up(left.saturating_sub(interval(left) + WRITE_ALLOWANCE)))
+pub fn tolerance(remaining: u64) -> u64 {
+    step(remaining) + WRITE_SECS
 }
 
-/// Up, so that what is lost to whole seconds is not added to what the interval takes.
-fn whole_seconds_up(duration: Duration) -> u64 {
-    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+fn step(remaining: u64) -> u64 {
+    (remaining / STEP_PART).clamp(SHORTEST_STEP, LONGEST_STEP)
+}
+
+/// Seconds since the epoch, whole: the annotations carry whole seconds, and label and annotation must agree.
+pub(super) fn whole_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// The time from `now` until the drain time's whole second; nothing when it has passed.
+fn remaining(now: SystemTime, drain: SystemTime) -> Duration {
+    let drain = UNIX_EPOCH + Duration::from_secs(whole_seconds(drain));
+    drain.duration_since(now).unwrap_or_default()
+}
+
+/// What to publish now: never more than what will remain when the next value is seen.
+#[must_use]
+pub fn value(now: SystemTime, drain: SystemTime) -> u64 {
+    let left = remaining(now, drain).as_secs();
+    left.saturating_sub(tolerance(left))
+}
+
+/// Decides whether the label (and with it the annotations) must be written now.
+///
+/// `timing` is what was learnt last, `None` where no end is known. `publish` says whether the label is wanted
+/// at all (`--walltime 0`: it is not). `last` is what the API server has, `None` where that is not known.
+#[must_use]
+pub fn plan(now: SystemTime, timing: Option<&Timing>, publish: bool, last: Option<&Published>) -> Plan {
+    let fresh = timing.filter(|_| publish).map(|t| value(now, t.drain));
+    let Some(last) = last else { return Plan::Write(fresh) };
+    // A clock that was set back says nothing about when the last write was: it does not hold a write back.
+    let since = now.duration_since(last.at).unwrap_or(Duration::MAX);
+    if stamps(last.timing.as_ref()) != stamps(timing) || last.value.is_some() != fresh.is_some() {
+        return after(MOVE_LIMIT.saturating_sub(since), fresh);
+    }
+    let (Some(timing), Some(published)) = (timing, last.value) else { return Plan::Wait(LONGEST_WAIT) };
+    let left = remaining(now, timing.drain);
+    if left.as_secs().saturating_sub(published) > tolerance(left.as_secs()) {
+        return after(MOVE_LIMIT.saturating_sub(since), fresh); // Only a clock that was set back leads here.
+    }
+    if published == 0 {
+        return Plan::Wait(LONGEST_WAIT); // Nothing is ever overstated by 0.
+    }
+    let refresh_at = Duration::from_secs(published + WRITE_SECS) + TIMER_SLACK;
+    after(left.saturating_sub(refresh_at), fresh)
+}
+
+fn after(wait: Duration, fresh: Option<u64>) -> Plan {
+    if wait.is_zero() { Plan::Write(fresh) } else { Plan::Wait(wait.min(LONGEST_WAIT)) }
+}
+
+/// What the annotations say of a timing: a move of less than a second moves nothing.
+fn stamps(timing: Option<&Timing>) -> Option<(u64, u64)> {
+    timing.map(|t| (whole_seconds(t.deadline), whole_seconds(t.drain)))
+}
+
+/// How long to wait before a failed write is tried again: 1, 2, 4, 8, then 10 s each time. The label may
+/// overstate by then, so it is tried as often as the API server can be asked to bear.
+#[must_use]
+pub fn retry_after(failures: u32) -> Duration {
+    Duration::from_secs((1_u64 << failures.saturating_sub(1).min(4)).min(10))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const START: SystemTime = SystemTime::UNIX_EPOCH;
-
-    /// Lives through a job with a clock of its own. `latency` is how long a write takes until it is seen.
-    fn live(total: Duration, latency: Duration, moves: &[(Duration, Duration)]) -> (u64, Vec<Duration>) {
-        let step = Duration::from_millis(100);
-        let mut now = START;
-        let mut drain = START + total;
-        let mut seen: Option<Published> = None;
-        let mut coming: Option<(SystemTime, Published)> = None;
-        let mut writes = Vec::new();
-        let mut moves = moves.iter().peekable();
-        while now < drain {
-            if let Some((at, to)) = moves.peek()
-                && now >= START + *at
-            {
-                drain = START + *to;
-                moves.next();
-            }
-            if let Some((at, published)) = coming
-                && now >= at
-            {
-                seen = Some(published);
-                coming = None;
-            }
-            if coming.is_none()
-                && let Plan::Write(value) = plan(now, drain, seen)
-            {
-                writes.push(now.duration_since(START).unwrap());
-                coming = Some((now + latency, Published { value, drain }));
-            }
-            if let Some(seen) = seen.filter(|seen| seen.drain == drain) {
-                let left = drain.duration_since(now).unwrap_or_default();
-                assert!(seen.value as f64 <= left.as_secs_f64() + 0.0001, "{} > {left:?}", seen.value);
-                let short = left.as_secs_f64() - seen.value as f64;
-                let allowed = (left.as_secs_f64() / 20.0).clamp(10.0, 60.0) + 2.0;
-                // Right after a write `left` was a little more than now, and so was what is allowed.
-                assert!(short <= allowed * 1.06, "{short} short with {left:?} left");
-            }
-            now += step;
-        }
-        (seen.map_or(0, |seen| seen.value), writes)
-    }
-
-    #[test]
-    fn a_day_has_at_most_one_write_a_minute_until_the_last_minutes() {
-        let day = Duration::from_secs(24 * 3600);
-        let (last, writes) = live(day, Duration::from_millis(100), &[]);
-        assert_eq!(last, 0);
-        let early = writes.iter().filter(|at| **at < day - Duration::from_secs(1200)).count();
-        assert!(early <= 24 * 60 + 1, "{early}");
-        let late = writes.len() - early;
-        assert!(late <= 60, "{late} writes in the last 20 minutes");
-        for pair in writes.windows(2) {
-            assert!(pair[1] - pair[0] >= Duration::from_millis(7900), "{pair:?}");
-        }
-    }
-
-    #[test]
-    fn a_moved_drain_time_is_published_at_once() {
-        let drain = START + Duration::from_secs(1000);
-        let last = Some(Published { value: 900, drain });
-        assert!(matches!(plan(START, drain, last), Plan::Wait(_)));
-        let earlier = START + Duration::from_secs(100);
-        assert_eq!(plan(START, earlier, last), Plan::Write(88));
-        assert_eq!(plan(START + Duration::from_secs(200), earlier, last), Plan::Write(0));
-        let done = Some(Published { value: 0, drain: earlier });
-        assert_eq!(plan(START, earlier, done), Plan::Done);
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        #[test]
-        fn it_never_overstates(total in 30u64..3000, latency in 0u64..1900, at in 0u64..2000, to in 1u64..4000) {
-            let moves = [(Duration::from_secs(at), Duration::from_secs(to))];
-            live(Duration::from_secs(total), Duration::from_millis(latency), &moves);
-        }
-    }
-}
+mod tests;

@@ -1,72 +1,213 @@
-//! Names and label values that Kubernetes accepts, made from what batch systems write.
+//! Names and label values that the API server accepts: job ids, constraints and host names come in forms that
+//! it would refuse.
+//!
+//! The rules are those of `k8s.io/apimachinery/pkg/util/validation`: a label value has at most 63 bytes of
+//! `[A-Za-z0-9._-]` and begins and ends with a letter or a digit; a DNS-1123 name has lower case only.
 
-/// A DNS label (RFC 1123), and what a Node's hostname label holds.
-const NAME_BYTES: usize = 63;
+use thiserror::Error;
 
-/// Makes a valid label value: at most 63 letters, digits, `-`, `_` and `.`, beginning and ending with a letter or digit
-/// (`gpu&hbm80g` becomes `gpu-hbm80g`, `45[3].pbshost` becomes `45-3-.pbshost`).
+/// Longest label value in bytes (`LabelValueMaxLength`). A Node's name is held to it too, although the API
+/// server allows 253: the name is also the value of the label `kubernetes.io/hostname`, and a longer one is
+/// refused there.
+pub const MAX_LABEL_VALUE: usize = 63;
+
+/// Longest DNS-1123 subdomain in bytes (`DNS1123SubdomainMaxLength`): the prefix of a label's key.
+const MAX_SUBDOMAIN: usize = 253;
+
+/// Bytes of the hash that stands for what was cut off: 8 hexadecimal digits. Two names that differ only in the
+/// cut part then collide once in four thousand million.
+const HASH_LEN: usize = 8;
+
+/// Why a name, a label or an annotation was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum LabelError {
+    /// A Node's name that the API server would refuse.
+    #[error(
+        "node name {name:?}: {why}; wanted is a DNS name of at most 63 bytes in lower-case letters, digits, '-' \
+         and '.', such as mysite-4711-node1 (--node-name, NODENAME)"
+    )]
+    NodeName {
+        /// The name as given.
+        name: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A key of a label or an annotation that the API server would refuse.
+    #[error(
+        "label or annotation key {key:?}: {why}; wanted is [prefix/]name, the prefix a DNS name, the name at most \
+         63 bytes of letters, digits, '-', '_' and '.', beginning and ending with a letter or a digit"
+    )]
+    Key {
+        /// The key as given.
+        key: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A label's value that the API server would refuse.
+    #[error(
+        "label {key}={value:?}: {why}; wanted are at most 63 bytes of letters, digits, '-', '_' and '.', \
+         beginning and ending with a letter or a digit, or nothing at all"
+    )]
+    Value {
+        /// The label's key.
+        key: String,
+        /// The value as given.
+        value: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+/// Makes a label value out of any text: what is not allowed becomes `-`, ends are trimmed, and what is too
+/// long is cut and marked with a hash. `gpu&hbm80g` becomes `gpu-hbm80g`, `45[3].pbshost` becomes
+/// `45-3.pbshost`. The same text always gives the same value; a valid value is left as it is.
 #[must_use]
 pub fn label_value(raw: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
-    let text: String = raw.chars().map(safe).take(NAME_BYTES).collect();
-    text.trim_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned()
+    shorten(&tidy(raw, |c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')), raw, MAX_LABEL_VALUE)
 }
 
-/// Makes one DNS label: lower case letters, digits and `-`.
-fn dns_label(raw: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
-    let text: String = raw.chars().map(safe).collect();
-    let mut label = String::new();
-    for part in text.split('-').filter(|part| !part.is_empty()) {
-        if !label.is_empty() {
-            label.push('-');
-        }
-        label.push_str(part);
-    }
-    label
+/// What a Node's name is made of. See [`node_name`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NameParts<'a> {
+    /// The site, or the batch system's cluster name.
+    pub site: &'a str,
+    /// The batch system's job id, as it writes it (`4711`, `45[3].pbshost`). `None` without a batch system.
+    pub job: Option<&'a str>,
+    /// How often the job was requeued; 0 is its first run.
+    pub restart: u32,
+    /// This host's name. Only what comes before its first dot is used.
+    pub host: &'a str,
+    /// The task's number, where several tasks of a job share a name.
+    pub task: Option<u32>,
 }
 
-/// The Node's name: `<site>-<job>-<host>`, with `-r<n>` for the n-th requeue, which keeps the job's id.
+/// The Node's name: `<site or cluster>-<job id>-<host>`, then `-<task>` and `-r<restart>` where they are there.
+///
+/// Always a valid DNS label of at most 63 bytes. A name that would be longer is cut in the middle: a hash of
+/// all parts takes the cut text's place, and the end (task, restart) stays, so that two pilots, and two runs
+/// of one job, never share a name.
 #[must_use]
-pub fn node_name(site: &str, job: Option<&str>, restart: u32, host: &str) -> String {
-    let requeue = if restart > 0 { format!("r{restart}") } else { String::new() };
-    let parts = [site, job.unwrap_or_default(), host, &requeue];
-    let name = parts.map(dns_label).into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-");
-    let whole = parts.join("\u{1}");
-    shorten(if name.is_empty() { "node" } else { &name }, &whole)
-}
-
-/// Cuts a name to 63 bytes; what was cut is told apart by a checksum of all that the name was made of.
-fn shorten(name: &str, whole: &str) -> String {
-    if name.len() <= NAME_BYTES {
-        return name.to_owned();
+pub fn node_name(parts: &NameParts<'_>) -> String {
+    let host = parts.host.split('.').next().unwrap_or_default();
+    let pieces = [parts.site, parts.job.unwrap_or_default(), host];
+    let whole = pieces.iter().map(|p| dns_part(p)).filter(|p| !p.is_empty()).collect::<Vec<_>>().join("-");
+    let whole = if whole.is_empty() { "pilot".to_owned() } else { whole };
+    let mut end = parts.task.map(|t| format!("-{t}")).unwrap_or_default();
+    if parts.restart > 0 {
+        end.push_str(&format!("-r{}", parts.restart));
     }
-    // FNV-1a: stable over versions and machines, unlike std's hasher.
-    let hash =
-        whole.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    let kept = &name[..NAME_BYTES - 9];
-    format!("{}-{hash:08x}", kept.trim_end_matches('-'))
+    // The end is at most "-4294967295-r4294967295", 23 bytes: room is always left for the rest.
+    let room = MAX_LABEL_VALUE.saturating_sub(end.len());
+    shorten(&whole, &pieces.join("\n"), room) + &end
 }
 
-/// A name that no Node may have.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a DNS name of at most 63 bytes is wanted: lower case letters, digits, '-' and '.', beginning and ending with a letter or digit"
-)]
-pub struct NodeNameError;
-
-/// Checks a Node's name.
+/// Checks a Node's name that a user gave.
 ///
 /// # Errors
-/// When the API server would refuse it, or the hostname label could not hold it.
-pub fn check_node_name(name: &str) -> Result<(), NodeNameError> {
-    let part = |part: &str| {
-        !part.is_empty()
-            && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            && !part.starts_with('-')
-            && !part.ends_with('-')
+/// [`LabelError::NodeName`], which says what is wanted.
+pub fn check_node_name(name: &str) -> Result<(), LabelError> {
+    let fault =
+        if name.len() > MAX_LABEL_VALUE { Some("is longer than 63 bytes") } else { subdomain_fault(name) };
+    fault.map_or(Ok(()), |why| Err(LabelError::NodeName { name: name.to_owned(), why }))
+}
+
+/// Checks the key of a label or an annotation that a user gave.
+///
+/// # Errors
+/// [`LabelError::Key`], which says what is wanted.
+pub fn check_key(key: &str) -> Result<(), LabelError> {
+    let (prefix, name) = match key.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, key),
     };
-    if name.len() <= NAME_BYTES && name.split('.').all(part) { Ok(()) } else { Err(NodeNameError) }
+    let fault = match prefix {
+        Some(p) if p.len() > MAX_SUBDOMAIN => Some("has a prefix longer than 253 bytes"),
+        Some(p) => subdomain_fault(p).map(|_| "has a prefix that is no DNS name"),
+        None => None,
+    };
+    let fault = fault.or(if name.is_empty() { Some("has no name") } else { qualified_fault(name) });
+    fault.map_or(Ok(()), |why| Err(LabelError::Key { key: key.to_owned(), why }))
+}
+
+/// Checks a label that a user gave.
+///
+/// # Errors
+/// [`LabelError::Key`] or [`LabelError::Value`], which say what is wanted.
+pub fn check_label(key: &str, value: &str) -> Result<(), LabelError> {
+    check_key(key)?;
+    let fault = if value.is_empty() { None } else { qualified_fault(value) };
+    fault.map_or(Ok(()), |why| Err(LabelError::Value { key: key.to_owned(), value: value.to_owned(), why }))
+}
+
+/// What is wrong with a label's value or the name part of its key, if anything.
+fn qualified_fault(text: &str) -> Option<&'static str> {
+    if text.len() > MAX_LABEL_VALUE {
+        Some("is longer than 63 bytes")
+    } else if !text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+        Some("holds a character that is not allowed")
+    } else if !ends_well(text) {
+        Some("does not begin and end with a letter or a digit")
+    } else {
+        None
+    }
+}
+
+/// What is wrong with a DNS-1123 subdomain, its length aside, if anything.
+fn subdomain_fault(name: &str) -> Option<&'static str> {
+    if name.is_empty() {
+        Some("is empty")
+    } else if name.bytes().any(|b| b.is_ascii_uppercase()) {
+        Some("holds upper-case letters")
+    } else if !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.')) {
+        Some("holds a character that is not allowed")
+    } else if !name.split('.').all(ends_well) {
+        Some("has a part that does not begin and end with a letter or a digit")
+    } else {
+        None
+    }
+}
+
+fn ends_well(text: &str) -> bool {
+    let sound = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+    sound(text.as_bytes().first()) && sound(text.as_bytes().last())
+}
+
+fn dns_part(raw: &str) -> String {
+    tidy(&raw.to_ascii_lowercase(), |c| c.is_ascii_alphanumeric() || c == '-')
+}
+
+/// Turns every run of characters that are not allowed into one `-` (into nothing where a `-`, `_` or `.`
+/// stands beside it), and trims the ends to a letter or a digit.
+fn tidy(raw: &str, allowed: impl Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(raw.len());
+    let mut gap = false;
+    for c in raw.chars() {
+        if !allowed(c) {
+            gap = true;
+            continue;
+        }
+        if gap && c.is_ascii_alphanumeric() && out.ends_with(|l: char| l.is_ascii_alphanumeric()) {
+            out.push('-');
+        }
+        gap = false;
+        out.push(c);
+    }
+    out.trim_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned()
+}
+
+/// Cuts an ASCII text to `room` bytes, its last nine a `-` and a hash of `whole`. A text that fits is left alone.
+fn shorten(text: &str, whole: &str, room: usize) -> String {
+    if text.len() <= room {
+        return text.to_owned();
+    }
+    let head: String = text.chars().take(room.saturating_sub(HASH_LEN + 1)).collect();
+    let head = head.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+    format!("{head}-{:08x}", stable_hash(whole))
+}
+
+/// 32-bit FNV-1a. std's hasher is seeded anew in each process and may change with Rust; a name must not.
+fn stable_hash(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]
@@ -74,41 +215,124 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    #[test]
-    fn what_batch_systems_write_becomes_valid() {
-        assert_eq!(label_value("gpu&hbm80g"), "gpu-hbm80g");
-        assert_eq!(label_value("45[3].pbshost"), "45-3-.pbshost");
-        assert_eq!(label_value("[x]"), "x");
-        assert_eq!(
-            node_name("NERSC Perlmutter", Some("45[3].pbshost"), 0, "nid001"),
-            "nersc-perlmutter-45-3-pbshost-nid001"
-        );
-        assert_eq!(node_name("s", Some("7"), 2, "n1"), "s-7-n1-r2");
-        assert_eq!(node_name("", None, 0, ""), "node");
+    fn name(site: &str, job: Option<&str>, restart: u32, host: &str) -> String {
+        node_name(&NameParts { site, job, restart, host, task: None })
     }
 
     #[test]
-    fn names_that_the_api_server_refuses_are_refused() {
-        for good in ["a", "a-b.c", "0"] {
-            assert_eq!(check_node_name(good), Ok(()), "{good}");
+    fn label_values_of_batch_systems_become_valid() {
+        for (raw, want) in [
+            ("gpu&hbm80g", "gpu-hbm80g"),
+            ("45[3].pbshost", "45-3.pbshost"),
+            ("45[3]", "45-3"),
+            ("4711", "4711"),
+            ("mylin", "mylin"),
+            ("a_b.c-D", "a_b.c-D"),
+            ("", ""),
+            ("[]", ""),
+            ("-x-", "x"),
+            ("(haswell|knl)&ssd", "haswell-knl-ssd"),
+            ("größe", "gr-e"),
+        ] {
+            assert_eq!(label_value(raw), want, "{raw:?}");
         }
-        let long = "a".repeat(64);
-        for bad in ["", "A", "a_b", "-a", "a-", "a..b", long.as_str()] {
-            assert_eq!(check_node_name(bad), Err(NodeNameError), "{bad}");
+    }
+
+    #[test]
+    fn a_long_label_value_is_cut_and_stays_distinct() {
+        let a = label_value(&"x".repeat(64));
+        let b = label_value(&"x".repeat(65));
+        assert_eq!(a.len(), 63);
+        assert_ne!(a, b);
+        assert_eq!(label_value(&"x".repeat(63)), "x".repeat(63));
+    }
+
+    #[test]
+    fn node_names_are_dns_labels() {
+        assert_eq!(name("mylin", Some("4711"), 0, "nid001.site.gov"), "mylin-4711-nid001");
+        assert_eq!(name("mylin", Some("4711"), 2, "nid001"), "mylin-4711-nid001-r2");
+        assert_eq!(name("My_Site", Some("45[3].pbshost"), 0, "Node1"), "my-site-45-3-pbshost-node1");
+        assert_eq!(name("lab", None, 0, "host"), "lab-host");
+        assert_eq!(name("", None, 0, ""), "pilot");
+        let parts = NameParts { site: "s", job: Some("1"), restart: 1, host: "h", task: Some(3) };
+        assert_eq!(node_name(&parts), "s-1-h-3-r1");
+    }
+
+    #[test]
+    fn a_cut_node_name_differs_by_host_and_by_requeue() {
+        let site = "a-very-long-site-name-indeed-that-somebody-thought-of";
+        let names = [
+            name(site, Some("123456789"), 0, "nid000001"),
+            name(site, Some("123456789"), 0, "nid000002"),
+            name(site, Some("123456789"), 1, "nid000001"),
+            name(site, Some("123456789"), 11, "nid000001"),
+        ];
+        for (i, n) in names.iter().enumerate() {
+            assert_eq!(check_node_name(n), Ok(()));
+            assert!(names[..i].iter().all(|o| o != n), "{n} twice");
         }
+        assert!(names[3].ends_with("-r11"));
+    }
+
+    #[test]
+    fn the_hash_is_stable() {
+        assert_eq!(stable_hash(""), 0x811c_9dc5);
+        assert_eq!(stable_hash("a"), 0xe40c_292c);
+        assert_eq!(stable_hash("foobar"), 0xbf9c_f968);
+    }
+
+    #[test]
+    fn wrong_node_names_are_named() {
+        for bad in ["", "Upper", "under_score", "-x", "x-", "a..b", "a.-b", &"x".repeat(64), "a b", "ä"] {
+            let text = check_node_name(bad).unwrap_err().to_string();
+            assert!(text.contains(&format!("{bad:?}")) && text.contains("NODENAME"), "{text}");
+        }
+        for good in ["a", "a.b", "mylin-4711-nid1", &"x".repeat(63)] {
+            assert_eq!(check_node_name(good), Ok(()));
+        }
+    }
+
+    #[test]
+    fn labels_are_checked_as_the_api_server_does() {
+        for (key, value) in [("a", ""), ("x.y/Z_1", "V.1"), ("jiriaf.site", "mylin")] {
+            assert_eq!(check_label(key, value), Ok(()));
+        }
+        for (key, value) in [
+            ("", "v"),
+            ("/a", "v"),
+            ("a/", "v"),
+            ("a/b/c", "v"),
+            ("Up/a", "v"),
+            ("a", "v v"),
+            ("a", "-v"),
+            ("_a", "v"),
+        ] {
+            assert!(check_label(key, value).is_err(), "{key}={value}");
+        }
+        assert!(check_label("a", &"v".repeat(64)).is_err());
     }
 
     proptest! {
         #[test]
-        fn a_made_name_is_always_valid(site in ".{0,80}", job in ".{0,40}", restart in 0u32..5, host in ".{0,80}") {
-            let name = node_name(&site, Some(&job), restart, &host);
-            prop_assert_eq!(check_node_name(&name), Ok(()), "{}", name);
+        fn any_text_becomes_a_valid_label_value(raw in any::<String>()) {
+            let value = label_value(&raw);
+            prop_assert_eq!(check_label("k", &value), Ok(()));
+            prop_assert_eq!(label_value(&value), value);
         }
 
         #[test]
-        fn long_names_of_different_hosts_differ(a in "[a-z]{60}x", b in "[a-z]{60}y") {
-            prop_assert_ne!(node_name(&a, Some("1"), 0, "n1"), node_name(&a, Some("1"), 0, "n2"));
-            prop_assert_ne!(node_name(&a, None, 0, "n"), node_name(&b, None, 0, "n"));
+        fn a_valid_label_value_is_left_alone(value in "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?") {
+            prop_assert_eq!(label_value(&value), value);
+        }
+
+        #[test]
+        fn any_parts_make_a_valid_node_name(
+            site in any::<String>(), job in any::<Option<String>>(), restart in any::<u32>(),
+            host in any::<String>(), task in any::<Option<u32>>(),
+        ) {
+            let made = node_name(&NameParts { site: &site, job: job.as_deref(), restart, host: &host, task });
+            prop_assert_eq!(check_node_name(&made), Ok(()));
+            prop_assert!(!made.contains('.'));
         }
     }
 }

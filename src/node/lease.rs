@@ -1,114 +1,186 @@
-//! The Node's Lease: the sign of life that the node controller watches.
+//! The Node's Lease: as long as it is renewed, the Node controller holds the Node for alive.
 //!
-//! 40 s, renewed every 10 s (kubelet config, nodeLeaseDurationSeconds; kubelet renews at a quarter of it). The last copy
-//! is written back without reading first; a conflict is read again. A Lease whose owner is a Node that is gone is
-//! collected at once, so it is made anew when the Node's uid changes.
+//! As kubelet does it (`k8s.io/component-helpers/apimachinery/lease/controller.go`): written from the last copy
+//! without reading first, read again after a conflict, owned by the Node. Otherwise than kubelet's, it follows a
+//! Node that was deleted and made anew: a Lease that is owned by a uid that is gone is collected as garbage at
+//! once, so it is written with the new uid, or made anew.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
-use kube::api::{DeleteParams, PostParams};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::PostParams;
 
-/// How long a Lease holds.
-pub const DURATION: Duration = Duration::from_secs(40);
+use super::api::{CallError, Kind, call};
 
-/// Between renewals.
-pub const RENEW: Duration = Duration::from_secs(10);
-
-/// The namespace of Nodes' Leases.
+/// The namespace of all Nodes' Leases (`NamespaceNodeLease`).
 pub const NAMESPACE: &str = "kube-node-lease";
 
+/// How long a Lease holds: kubelet's default nodeLeaseDurationSeconds (`pkg/kubelet/apis/config/v1beta1`). The
+/// Node controller waits for 50 s.
+pub const DURATION: Duration = Duration::from_secs(40);
+
+/// Time between two renewals: a quarter of the duration (`nodeLeaseRenewIntervalFraction`, `pkg/kubelet`).
+pub const RENEW_EVERY: Duration = Duration::from_secs(10);
+
+/// Thousandths of the interval by which it is stretched at random, so that the pilots of one job drift apart
+/// (kubelet: 4 %).
+const JITTER_PERMILLE: u32 = 40;
+
+/// Tries for one renewal (kubelet's `maxUpdateRetries` is 5; three of 10 s each still end before the Lease does).
+const TRIES: u32 = 3;
+
+/// Pause between the tries for one renewal.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The time to the next renewal, jitter included.
+#[must_use]
+pub fn next_renewal() -> Duration {
+    // std seeds each RandomState anew: enough chance for a jitter, without a crate for it.
+    let chance = u32::try_from(RandomState::new().build_hasher().finish() % 1000).unwrap_or_default();
+    RENEW_EVERY + RENEW_EVERY * JITTER_PERMILLE * chance / 1_000_000
+}
+
+/// The Lease as it is to be written now: the last copy, if there is one, renewed and owned by the Node `uid`.
+#[must_use]
+pub fn renewed(last: Option<&Lease>, node: &str, uid: &str, now: Timestamp) -> Lease {
+    let mut lease = last.cloned().unwrap_or_default();
+    lease.metadata = ObjectMeta {
+        name: Some(node.to_owned()),
+        namespace: Some(NAMESPACE.to_owned()),
+        owner_references: Some(vec![OwnerReference {
+            api_version: "v1".to_owned(),
+            kind: "Node".to_owned(),
+            name: node.to_owned(),
+            uid: uid.to_owned(),
+            ..OwnerReference::default()
+        }]),
+        ..lease.metadata
+    };
+    lease.spec = Some(LeaseSpec {
+        holder_identity: Some(node.to_owned()),
+        lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+        renew_time: Some(MicroTime(now)),
+        ..lease.spec.unwrap_or_default()
+    });
+    lease
+}
+
+/// When a Lease was renewed last.
+#[must_use]
+pub fn renew_time(lease: &Lease) -> Option<Timestamp> {
+    lease.spec.as_ref()?.renew_time.as_ref().map(|time| time.0)
+}
+
+/// What a renewal found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// The Lease as it was left.
+    AsLeft,
+    /// The Lease had been deleted or written by somebody else: the Node may be gone too.
+    Disturbed,
+}
+
 /// Renews one Node's Lease.
-pub struct LeaseKeeper {
-    api: kube::Api<Lease>,
+#[derive(Debug)]
+pub struct Keeper {
+    api: Api<Lease>,
     node: String,
     last: Option<Lease>,
 }
 
-impl LeaseKeeper {
-    /// The Lease of `node`.
+impl Keeper {
+    /// Nothing is called yet.
     #[must_use]
     pub fn new(client: kube::Client, node: &str) -> Self {
-        Self { api: kube::Api::namespaced(client, NAMESPACE), node: node.to_owned(), last: None }
+        Self { api: Api::namespaced(client, NAMESPACE), node: node.to_owned(), last: None }
     }
 
-    /// Renews the Lease, or makes it.
+    /// Renews the Lease for the Node with this uid: some tries, a second apart.
     ///
     /// # Errors
-    /// When the API server does not answer or refuses.
-    pub async fn renew(&mut self, node_uid: &str) -> Result<(), kube::Error> {
-        if self.last.as_ref().is_some_and(|lease| owner(lease) != Some(node_uid)) {
-            // Collected with the Node that owned it, or about to be.
-            self.last = None;
-        }
-        if let Some(last) = &self.last {
-            let renewed = self.wanted(node_uid, last.metadata.resource_version.clone());
-            match self.api.replace(&self.node, &PostParams::default(), &renewed).await {
+    /// The last try's, after three.
+    pub async fn renew(&mut self, uid: &str) -> Result<Found, CallError> {
+        let mut found = Found::AsLeft;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let error = match self.write(uid).await {
                 Ok(lease) => {
                     self.last = Some(lease);
-                    return Ok(());
+                    return Ok(found);
                 }
-                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => self.last = None,
-                Err(error) => return Err(error),
+                Err(error) => error,
+            };
+            let pause = match error.kind() {
+                Kind::NotFound | Kind::Conflict | Kind::Exists => {
+                    if self.last.take().is_some() {
+                        found = Found::Disturbed;
+                    }
+                    Duration::ZERO
+                }
+                _ => PAUSE,
+            };
+            if tries >= TRIES {
+                return Err(error);
             }
-        }
-        let found = self.api.get_opt(&self.node).await?;
-        self.last = Some(match found {
-            None => self.api.create(&PostParams::default(), &self.wanted(node_uid, None)).await?,
-            Some(found) => {
-                let wanted = self.wanted(node_uid, found.metadata.resource_version);
-                self.api.replace(&self.node, &PostParams::default(), &wanted).await?
-            }
-        });
-        Ok(())
-    }
-
-    /// Lets the Lease go. One that is gone is no error.
-    ///
-    /// # Errors
-    /// When the API server does not answer or refuses.
-    pub async fn release(&self) -> Result<(), kube::Error> {
-        match self.api.delete(&self.node, &DeleteParams::default()).await {
-            Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-            Err(error) => Err(error),
+            tokio::time::sleep(pause).await;
         }
     }
 
-    fn wanted(&self, node_uid: &str, resource_version: Option<String>) -> Lease {
-        Lease {
-            metadata: ObjectMeta {
-                name: Some(self.node.clone()),
-                namespace: Some(NAMESPACE.to_owned()),
-                resource_version,
-                owner_references: Some(vec![OwnerReference {
-                    api_version: "v1".to_owned(),
-                    kind: "Node".to_owned(),
-                    name: self.node.clone(),
-                    uid: node_uid.to_owned(),
-                    ..OwnerReference::default()
-                }]),
-                ..ObjectMeta::default()
-            },
-            spec: Some(LeaseSpec {
-                holder_identity: Some(self.node.clone()),
-                lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
-                renew_time: Some(MicroTime(Timestamp::now())),
-                ..LeaseSpec::default()
-            }),
+    /// One try: the last copy is put; without one, what is there is read first, or a new one is made.
+    async fn write(&mut self, uid: &str) -> Result<Lease, CallError> {
+        let params = PostParams::default();
+        if self.last.is_none() {
+            self.last = call(self.api.get_opt(&self.node)).await?;
+        }
+        let lease = renewed(self.last.as_ref(), &self.node, uid, Timestamp::now());
+        match self.last {
+            Some(_) => call(self.api.replace(&self.node, &params, &lease)).await,
+            None => call(self.api.create(&params, &lease)).await,
         }
     }
 }
 
-fn owner(lease: &Lease) -> Option<&str> {
-    lease.metadata.owner_references.iter().flatten().map(|owner| owner.uid.as_str()).next()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// How long ago a Lease was renewed; none when it never was.
-#[must_use]
-pub fn age(lease: &Lease, now: Timestamp) -> Option<Duration> {
-    let renewed = lease.spec.as_ref()?.renew_time.as_ref()?.0;
-    Some(Duration::try_from(now.duration_since(renewed)).unwrap_or_default())
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn a_new_lease_is_held_by_and_owned_by_the_node() {
+        let lease = renewed(None, "n1", "u1", at(7));
+        let spec = lease.spec.unwrap();
+        assert_eq!(spec.holder_identity.as_deref(), Some("n1"));
+        assert_eq!(spec.lease_duration_seconds, Some(40));
+        assert_eq!(spec.renew_time, Some(MicroTime(at(7))));
+        let owners = lease.metadata.owner_references.unwrap();
+        assert_eq!((owners.len(), owners[0].kind.as_str(), owners[0].uid.as_str()), (1, "Node", "u1"));
+        assert_eq!(lease.metadata.namespace.as_deref(), Some("kube-node-lease"));
+    }
+
+    #[test]
+    fn a_renewal_keeps_the_version_and_follows_the_nodes_uid() {
+        let mut lease = renewed(None, "n1", "u1", at(7));
+        lease.metadata.resource_version = Some("42".into());
+        let again = renewed(Some(&lease), "n1", "u2", at(17));
+        assert_eq!(again.metadata.resource_version.as_deref(), Some("42"));
+        assert_eq!(again.metadata.owner_references.as_ref().unwrap()[0].uid, "u2");
+        assert_eq!(again.metadata.owner_references.as_ref().unwrap().len(), 1);
+        assert_eq!(renew_time(&again), Some(at(17)));
+    }
+
+    #[test]
+    fn renewals_are_ten_seconds_and_a_little_apart() {
+        for _ in 0..100 {
+            let wait = next_renewal();
+            assert!(wait >= RENEW_EVERY && wait <= Duration::from_millis(10_400), "{wait:?}");
+        }
+    }
 }

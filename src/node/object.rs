@@ -1,323 +1,309 @@
-//! The Node object as this pilot wants it: pure functions of its configuration and the time.
+//! The Node object and the patches to it, made of values: no call is made here.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
-    NodeSystemInfo, Taint,
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec,
+    NodeStatus, NodeSystemInfo, Taint,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
-use super::alivetime::Timing;
+use super::alivetime::{Timing, whole_seconds};
+use super::labels::label_value;
 
-/// Says whose Node it is.
+/// Annotation: which pilot made this Node. It outlives a crash of the pilot and differs for every run.
 pub const INSTANCE: &str = "jiriaf.instance";
-
-/// Seconds that a pod can count on.
+/// Annotation: when the batch system begins to kill (RFC 3339, UTC, whole seconds).
+pub const DEADLINE: &str = "jiriaf.deadline";
+/// Annotation: when the pods are ended (RFC 3339, UTC, whole seconds).
+pub const DRAIN: &str = "jiriaf.drain";
+/// Label: the whole seconds that a pod can count on.
 pub const ALIVETIME: &str = "jiriaf.alivetime";
-
-/// Seconds that were granted.
+/// Label: the whole seconds that were granted.
 pub const WALLTIME: &str = "jiriaf.walltime";
-
-const DEADLINE: &str = "jiriaf.deadline";
-const DRAIN: &str = "jiriaf.drain";
-
-/// A label that a node's own credential may not set (NodeRestriction).
+/// Label: the batch system's job.
+pub const JOB_ID: &str = "jiriaf.jobid";
+/// Label that kubectl shows as the role. NodeRestriction forbids it to a node's own credential.
 pub const ROLE: &str = "kubernetes.io/role";
+/// Label of virtual kubelets, and its value.
+pub(super) const TYPE: (&str, &str) = ("type", "virtual-kubelet");
 
-/// What a Node is made from.
-#[derive(Debug, Clone)]
-pub struct NodeConfig {
-    /// Its name.
-    pub name: String,
-    /// Labels beside those that every pilot has.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations beside those that every pilot has.
-    pub annotations: BTreeMap<String, String>,
-    /// Its taints.
-    pub taints: Vec<Taint>,
-    /// The host's name.
-    pub hostname: String,
-    /// The host's address.
-    pub internal_ip: String,
-    /// What it offers.
-    pub capacity: Capacity,
-    /// The port of the Node's own API, where it is served.
-    pub daemon_port: Option<u16>,
-    /// A name of this pilot that no other has, kept over a crash.
-    pub instance: String,
-    /// The walltime that was granted.
-    pub walltime: Option<Duration>,
-    /// Whether walltime and alivetime are published.
-    pub publish_walltime: bool,
-}
-
-/// What a Node offers.
-#[derive(Debug, Clone)]
+/// What the allocation grants, and so what the scheduler may give away.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Capacity {
-    /// CPUs.
+    /// Number of CPUs.
     pub cpus: usize,
-    /// Memory, in bytes.
+    /// Bytes of memory. Published in Ki, which JIRIAF's tools read (bare bytes they show as 0); the API server
+    /// itself makes `1Gi` of a whole one, which they read too.
     pub memory_bytes: u64,
-    /// Pods at once.
+    /// Number of pods.
     pub pods: u32,
-    /// Room for pods' files, in bytes.
+    /// Bytes for the pods' directories and logs. Published in Ki.
     pub ephemeral_storage_bytes: u64,
-    /// GPUs by resource name.
+    /// Extended resources by name, such as `nvidia.com/gpu`, and how many of each.
     pub gpus: BTreeMap<String, u32>,
 }
 
 impl Capacity {
-    /// As a Node's status has it. Memory is in Ki: readers of Node lists parse that.
+    /// As a Node's status has it, for capacity and allocatable alike.
     #[must_use]
     pub fn quantities(&self) -> BTreeMap<String, Quantity> {
-        let mut all = BTreeMap::from([
-            ("cpu".to_owned(), Quantity(self.cpus.to_string())),
-            ("memory".to_owned(), Quantity(format!("{}Ki", self.memory_bytes / 1024))),
-            ("pods".to_owned(), Quantity(self.pods.to_string())),
-            ("ephemeral-storage".to_owned(), Quantity(format!("{}Ki", self.ephemeral_storage_bytes / 1024))),
-        ]);
-        all.extend(self.gpus.iter().map(|(name, count)| (name.clone(), Quantity(count.to_string()))));
+        let kibibytes = |bytes: u64| Quantity(format!("{}Ki", bytes / 1024));
+        let mut all: BTreeMap<String, Quantity> =
+            self.gpus.iter().map(|(name, count)| (name.clone(), Quantity(count.to_string()))).collect();
+        all.insert("cpu".to_owned(), Quantity(self.cpus.to_string()));
+        all.insert("memory".to_owned(), kibibytes(self.memory_bytes));
+        all.insert("pods".to_owned(), Quantity(self.pods.to_string()));
+        all.insert("ephemeral-storage".to_owned(), kibibytes(self.ephemeral_storage_bytes));
         all
     }
 }
 
-/// What a Node's status says of the pilot.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Readiness {
-    /// Whether it is ready.
-    pub ready: bool,
-    /// The condition's reason.
-    pub reason: String,
-    /// The condition's message.
-    pub message: String,
-    /// Since when.
-    pub since: Timestamp,
+/// Everything that this pilot's Node says, but for what changes while it runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeConfig {
+    /// The Node's name: valid by [`super::labels::check_node_name`].
+    pub name: String,
+    /// Which pilot this is: kept over a crash of the pilot, different for every run of it.
+    pub instance: String,
+    /// Label `jiriaf.nodetype`, made valid here.
+    pub node_type: String,
+    /// Label `jiriaf.site`, made valid here.
+    pub site: String,
+    /// Label `jiriaf.batch`: `slurm`, `pbs` or `none`.
+    pub batch: String,
+    /// Label `jiriaf.jobid`, made valid here; no label without a job.
+    pub job_id: Option<String>,
+    /// Label `jiriaf.walltime` in whole seconds, where there is a deadline and [`Self::publish_walltime`].
+    pub walltime: Option<Duration>,
+    /// Whether `jiriaf.walltime` and `jiriaf.alivetime` are published at all (`--walltime 0`: they are not).
+    pub publish_walltime: bool,
+    /// Further labels of the user's, checked by [`super::labels::check_label`]. Ours win.
+    pub labels: BTreeMap<String, String>,
+    /// Further annotations of the user's. Ours win.
+    pub annotations: BTreeMap<String, String>,
+    /// Taints that the Node is made with.
+    pub taints: Vec<Taint>,
+    /// Address of type Hostname; empty leaves it out.
+    pub hostname: String,
+    /// Address of type InternalIP.
+    pub internal_ip: String,
+    /// What the allocation grants.
+    pub capacity: Capacity,
+    /// Port of the kubelet's API; `None` as long as nobody listens.
+    pub daemon_port: Option<u16>,
+    /// `status.nodeInfo`, see [`super::info::node_info`].
+    pub info: NodeSystemInfo,
 }
 
-impl Readiness {
-    /// Ready, in kubelet's words (nodestatus/setters.go).
-    #[must_use]
-    pub fn ready(now: Timestamp) -> Self {
-        Self {
-            ready: true,
-            reason: "KubeletReady".to_owned(),
-            message: "kubelet is posting ready status".to_owned(),
-            since: now,
-        }
-    }
-
-    /// About to go, in kubelet's words (nodeshutdown_manager_linux.go).
-    #[must_use]
-    pub fn shutting_down(now: Timestamp) -> Self {
-        Self {
-            ready: false,
-            reason: "KubeletNotReady".to_owned(),
-            message: "node is shutting down".to_owned(),
-            since: now,
-        }
-    }
-}
-
-/// The labels, with alivetime where it is given.
-#[must_use]
-pub fn labels(config: &NodeConfig, alivetime: Option<u64>, with_role: bool) -> BTreeMap<String, String> {
-    let mut labels = BTreeMap::from([
-        // The hostname label is what pods select a Node by, so it is the Node's name as on a kubelet.
-        ("kubernetes.io/hostname".to_owned(), config.name.clone()),
-        ("type".to_owned(), "virtual-kubelet".to_owned()),
-    ]);
-    if with_role {
-        labels.insert(ROLE.to_owned(), "agent".to_owned());
-    }
-    labels.extend(config.labels.clone());
-    if let Some(alivetime) = alivetime.filter(|_| config.publish_walltime) {
-        labels.insert(ALIVETIME.to_owned(), alivetime.to_string());
-        if let Some(walltime) = config.walltime {
-            labels.insert(WALLTIME.to_owned(), walltime.as_secs().to_string());
-        }
-    }
-    labels
-}
-
-/// The annotations.
-#[must_use]
-pub fn annotations(config: &NodeConfig, timing: Option<&Timing>) -> BTreeMap<String, String> {
-    let mut annotations = config.annotations.clone();
-    annotations.insert(INSTANCE.to_owned(), config.instance.clone());
-    if let Some(timing) = timing {
-        annotations.insert(DEADLINE.to_owned(), rfc3339(timing.deadline));
-        annotations.insert(DRAIN.to_owned(), rfc3339(timing.drain));
-    }
-    annotations
-}
-
-fn rfc3339(at: SystemTime) -> String {
-    Timestamp::try_from(at)
-        .map(|t| Timestamp::from_second(t.as_second()).unwrap_or(t).to_string())
-        .unwrap_or_default()
+/// What changes while the pilot runs, as it is to be published now.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moment<'a> {
+    /// The end, as last learnt.
+    pub timing: Option<&'a Timing>,
+    /// The value of `jiriaf.alivetime` in seconds.
+    pub alivetime: Option<u64>,
+    /// Whether `kubernetes.io/role` is left out because the credential may not set it.
+    pub without_role: bool,
+    /// Whether the scheduler is to keep away.
+    pub unschedulable: bool,
 }
 
 /// The whole Node, as it is registered.
 #[must_use]
-pub fn node(
-    config: &NodeConfig,
-    labels: BTreeMap<String, String>,
-    timing: Option<&Timing>,
-    info: &NodeSystemInfo,
-    readiness: &Readiness,
-    cordoned: bool,
-    now: Timestamp,
-) -> Node {
+pub fn node(config: &NodeConfig, moment: &Moment<'_>, conditions: Vec<NodeCondition>) -> Node {
+    let present =
+        |map: BTreeMap<String, Option<String>>| map.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
     Node {
         metadata: ObjectMeta {
             name: Some(config.name.clone()),
-            labels: Some(labels),
-            annotations: Some(annotations(config, timing)),
+            labels: Some(present(labels(config, moment))),
+            annotations: Some(present(annotations(config, moment))),
             ..ObjectMeta::default()
         },
         spec: Some(NodeSpec {
-            taints: Some(config.taints.clone()),
-            unschedulable: cordoned.then_some(true),
+            taints: (!config.taints.is_empty()).then(|| config.taints.clone()),
+            unschedulable: moment.unschedulable.then_some(true),
             ..NodeSpec::default()
         }),
-        status: Some(status(config, info, readiness, now)),
+        status: Some(status(config, conditions)),
     }
 }
 
-/// The Node's status.
+/// The Node's labels; `None` where one must not be there.
+fn labels(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<String>> {
+    let mut labels: BTreeMap<String, Option<String>> =
+        config.labels.iter().map(|(k, v)| (k.clone(), Some(v.clone()))).collect();
+    let some = |text: &str| Some(label_value(text)).filter(|value| !value.is_empty());
+    // As every kubelet has it by default: unique, so that a spread over hosts is one over Nodes.
+    labels.insert("kubernetes.io/hostname".to_owned(), Some(config.name.clone()));
+    labels.insert(TYPE.0.to_owned(), Some(TYPE.1.to_owned()));
+    labels.insert("jiriaf.nodetype".to_owned(), some(&config.node_type));
+    labels.insert("jiriaf.site".to_owned(), some(&config.site));
+    labels.insert("jiriaf.batch".to_owned(), some(&config.batch));
+    labels.insert(JOB_ID.to_owned(), config.job_id.as_deref().and_then(some));
+    if !moment.without_role {
+        labels.insert(ROLE.to_owned(), Some("agent".to_owned()));
+    }
+    labels.extend(countdown(config, moment));
+    labels
+}
+
+/// The labels that change with the end.
+fn countdown(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<String>> {
+    let wanted = config.publish_walltime && moment.timing.is_some();
+    let walltime = config.walltime.filter(|_| wanted).map(|w| w.as_secs().to_string());
+    let alivetime = moment.alivetime.filter(|_| wanted).map(|seconds| seconds.to_string());
+    [(WALLTIME.to_owned(), walltime), (ALIVETIME.to_owned(), alivetime)].into()
+}
+
+fn annotations(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<String>> {
+    let mut all: BTreeMap<String, Option<String>> =
+        config.annotations.iter().map(|(k, v)| (k.clone(), Some(v.clone()))).collect();
+    all.extend(stamps(config, moment));
+    all
+}
+
+/// The annotations of our own.
+fn stamps(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<String>> {
+    let stamp = |time: fn(&Timing) -> SystemTime| moment.timing.and_then(|timing| rfc3339(time(timing)));
+    [
+        (INSTANCE.to_owned(), Some(config.instance.clone())),
+        (DEADLINE.to_owned(), stamp(|t| t.deadline)),
+        (DRAIN.to_owned(), stamp(|t| t.drain)),
+    ]
+    .into()
+}
+
+/// RFC 3339 in UTC with whole seconds; `None` past the year 9999.
+fn rfc3339(time: SystemTime) -> Option<String> {
+    let seconds = i64::try_from(whole_seconds(time)).ok()?;
+    Some(Timestamp::from_second(seconds).ok()?.to_string())
+}
+
+/// The whole status.
 #[must_use]
-pub fn status(
-    config: &NodeConfig,
-    info: &NodeSystemInfo,
-    readiness: &Readiness,
-    now: Timestamp,
-) -> NodeStatus {
+pub fn status(config: &NodeConfig, conditions: Vec<NodeCondition>) -> NodeStatus {
+    let resources = config.capacity.quantities();
     let address =
         |kind: &str, address: &str| NodeAddress { type_: kind.to_owned(), address: address.to_owned() };
+    let mut addresses =
+        vec![address("InternalIP", &config.internal_ip), address("Hostname", &config.hostname)];
+    addresses.retain(|a| !a.address.is_empty());
     NodeStatus {
-        capacity: Some(config.capacity.quantities()),
-        allocatable: Some(config.capacity.quantities()),
-        conditions: Some(conditions(readiness, now)),
-        addresses: Some(vec![
-            address("InternalIP", &config.internal_ip),
-            address("Hostname", &config.hostname),
-        ]),
+        capacity: Some(resources.clone()),
+        allocatable: Some(resources),
+        addresses: Some(addresses),
+        conditions: Some(conditions),
         daemon_endpoints: config.daemon_port.map(|port| NodeDaemonEndpoints {
             kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
         }),
-        node_info: Some(info.clone()),
+        node_info: Some(config.info.clone()),
+        images: None::<Vec<ContainerImage>>,
         ..NodeStatus::default()
     }
 }
 
-/// In kubelet's order, Ready last (nodestatus/setters.go).
-fn conditions(readiness: &Readiness, now: Timestamp) -> Vec<NodeCondition> {
-    let whole = |at: Timestamp| Some(Time(Timestamp::from_second(at.as_second()).unwrap_or(at)));
-    let condition = |kind: &str, status: &str, reason: &str, message: &str| NodeCondition {
-        type_: kind.to_owned(),
-        status: status.to_owned(),
-        reason: Some(reason.to_owned()),
-        message: Some(message.to_owned()),
-        last_heartbeat_time: whole(now),
-        last_transition_time: whole(readiness.since),
-    };
-    let ready = if readiness.ready { "True" } else { "False" };
-    vec![
-        condition(
-            "MemoryPressure",
-            "False",
-            "KubeletHasSufficientMemory",
-            "kubelet has sufficient memory available",
-        ),
-        condition("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
-        condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
-        condition("Ready", ready, &readiness.reason, &readiness.message),
-    ]
+/// Which Node, and which version of it, a patch is meant for: the API server refuses it for any other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Expected {
+    /// The Node's uid.
+    pub uid: String,
+    /// The resource version that was seen last; `None` where any will do.
+    #[serde(rename = "resourceVersion", skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
-/// The merge patch (RFC 7386) of labels and annotations: what is not wanted any more is null.
+/// The patch by which the upkeep moves labels and annotations (JSON merge patch) and, with `status`, the status
+/// with them (strategic merge patch to `/status`, which takes metadata too:
+/// `pkg/registry/core/node/strategy.go`).
 #[must_use]
-pub fn metadata_patch(config: &NodeConfig, timing: Option<&Timing>, alivetime: Option<u64>) -> Value {
-    let alivetime = alivetime.filter(|_| config.publish_walltime);
-    let walltime = alivetime.and(config.walltime).map(|walltime| walltime.as_secs().to_string());
-    let annotations = annotations(config, timing);
-    let mut changed = Map::new();
-    for name in [DEADLINE, DRAIN] {
-        changed.insert(name.to_owned(), json!(annotations.get(name)));
+pub fn upkeep_patch(
+    config: &NodeConfig,
+    expected: &Expected,
+    moment: &Moment<'_>,
+    status: Option<&NodeStatus>,
+) -> Value {
+    let mut patch = json!({"metadata": expected});
+    patch["metadata"]["labels"] = json!(countdown(config, moment));
+    patch["metadata"]["annotations"] = json!(stamps(config, moment));
+    if let Some(status) = status {
+        patch["status"] = json!(status);
     }
-    json!({"metadata": {
-        "labels": {ALIVETIME: alivetime.map(|seconds| seconds.to_string()), WALLTIME: walltime},
-        "annotations": changed,
-    }})
+    patch
+}
+
+/// The status alone (strategic merge patch to `/status`). Resources that `existing` has and this pilot has not
+/// (another's GPUs) are taken out.
+#[must_use]
+pub fn status_patch(uid: &str, existing: Option<&Node>, status: &NodeStatus) -> Value {
+    let mut patch = json!({"metadata": {"uid": uid}, "status": status});
+    let old = existing.and_then(|node| node.status.as_ref());
+    for (field, had) in [
+        ("capacity", old.and_then(|s| s.capacity.as_ref())),
+        ("allocatable", old.and_then(|s| s.allocatable.as_ref())),
+    ] {
+        let Some(new) = patch["status"][field].as_object_mut() else { continue };
+        add_nulls(new, had.into_iter().flat_map(BTreeMap::keys));
+    }
+    if status.daemon_endpoints.is_none() {
+        patch["status"]["daemonEndpoints"] = Value::Null; // A dead pilot's port must not be dialled.
+    }
+    patch
+}
+
+/// The patch (JSON merge patch) that makes an existing Node ours. With `anew` it was a dead pilot's: then its
+/// labels, taints and cordon go too; otherwise it was ours before a crash, and what others did to it stays.
+/// The resource version in it lets only one pilot of several adopt a Node.
+#[must_use]
+pub fn adoption_patch(config: &NodeConfig, moment: &Moment<'_>, existing: &Node, anew: bool) -> Value {
+    let mut labels = object(json!(labels(config, moment)));
+    let mut spec = Map::new();
+    if anew {
+        // Labels of Kubernetes' own names are others': topology, roles given by an administrator.
+        let old = existing.metadata.labels.iter().flatten().map(|(key, _)| key);
+        add_nulls(&mut labels, old.filter(|key| !key.contains("kubernetes.io/")));
+        spec.insert("unschedulable".to_owned(), Value::Null);
+        let old = existing.spec.as_ref().and_then(|s| s.taints.clone()).unwrap_or_default();
+        let taints = adopted_taints(config, &old);
+        if taints != old {
+            spec.insert("taints".to_owned(), json!(taints));
+        }
+    }
+    json!({
+        "metadata": {
+            "uid": existing.metadata.uid,
+            "resourceVersion": existing.metadata.resource_version,
+            "labels": labels,
+            "annotations": annotations(config, moment),
+        },
+        "spec": spec,
+    })
+}
+
+/// The taints of an adopted Node: ours, and those that controllers keep (`node.kubernetes.io/not-ready`).
+fn adopted_taints(config: &NodeConfig, old: &[Taint]) -> Vec<Taint> {
+    let kept = old.iter().filter(|taint| taint.key.starts_with("node.kubernetes.io/"));
+    let mut taints: Vec<Taint> = config.taints.clone();
+    taints.extend(
+        kept.filter(|k| !config.taints.iter().any(|t| t.key == k.key && t.effect == k.effect)).cloned(),
+    );
+    taints
+}
+
+fn add_nulls<'a>(map: &mut Map<String, Value>, keys: impl Iterator<Item = &'a String>) {
+    for key in keys {
+        map.entry(key.clone()).or_insert(Value::Null);
+    }
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    if let Value::Object(map) = value { map } else { Map::new() }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config() -> NodeConfig {
-        NodeConfig {
-            name: "site-7-n1".to_owned(),
-            labels: BTreeMap::from([("jiriaf.site".to_owned(), "mylin".to_owned())]),
-            annotations: BTreeMap::new(),
-            taints: Vec::new(),
-            hostname: "n1".to_owned(),
-            internal_ip: "10.0.0.1".to_owned(),
-            capacity: Capacity {
-                cpus: 2,
-                memory_bytes: 8 << 30,
-                pods: 10,
-                ephemeral_storage_bytes: 1 << 30,
-                gpus: BTreeMap::from([("nvidia.com/gpu".to_owned(), 4)]),
-            },
-            daemon_port: None,
-            instance: "i".to_owned(),
-            walltime: Some(Duration::from_secs(3600)),
-            publish_walltime: true,
-        }
-    }
-
-    #[test]
-    fn a_node_has_the_labels_that_pods_select_and_no_os_label() {
-        let labels = labels(&config(), Some(3500), true);
-        assert_eq!(labels.get("kubernetes.io/role").map(String::as_str), Some("agent"));
-        assert_eq!(labels.get(ALIVETIME).map(String::as_str), Some("3500"));
-        assert_eq!(labels.get(WALLTIME).map(String::as_str), Some("3600"));
-        assert!(!labels.contains_key("kubernetes.io/os"), "it would draw kube-proxy and other DaemonSets");
-        let mut silent = config();
-        silent.publish_walltime = false;
-        let labels = super::labels(&silent, Some(3500), false);
-        assert!(
-            !labels.contains_key(ALIVETIME) && !labels.contains_key(WALLTIME) && !labels.contains_key(ROLE)
-        );
-    }
-
-    #[test]
-    fn capacity_is_written_as_readers_parse_it() {
-        let all = config().capacity.quantities();
-        assert_eq!(all["cpu"].0, "2");
-        assert_eq!(all["memory"].0, "8388608Ki");
-        assert_eq!(all["nvidia.com/gpu"].0, "4");
-    }
-
-    #[test]
-    fn ready_is_the_last_condition() {
-        let now = Timestamp::UNIX_EPOCH;
-        let all = conditions(&Readiness::shutting_down(now), now);
-        let kinds: Vec<&str> = all.iter().map(|c| c.type_.as_str()).collect();
-        assert_eq!(kinds, ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"]);
-        assert_eq!(all[3].status, "False");
-    }
-
-    #[test]
-    fn a_deadline_that_is_gone_takes_its_labels_along() {
-        let patch = metadata_patch(&config(), None, None);
-        assert_eq!(patch["metadata"]["labels"][ALIVETIME], Value::Null);
-        assert_eq!(patch["metadata"]["annotations"][DEADLINE], Value::Null);
-    }
-}
+mod tests;

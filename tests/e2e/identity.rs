@@ -1,11 +1,14 @@
 //! The Node as an object that somebody else may touch.
 
+use std::os::unix::fs::PermissionsExt;
+
 use jiff::Timestamp;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ApiProxy, Namespace, Options, Pilot, api, bed, seconds, shared_directory, wait_for, wait_until,
+    ApiProxy, Namespace, Options, Pilot, api, bed, seconds, shared_directory, unique, wait_for, wait_until,
 };
 
 #[test]
@@ -98,4 +101,41 @@ fn a_credential_that_ends_before_the_walltime_is_the_deadline() {
     let got: Timestamp = deadline.parse().unwrap();
     assert!((got.as_second() - wanted.as_second()).abs() <= 2, "{deadline} is not {wanted}");
     assert!(pilot.alivetime().unwrap() < 600);
+}
+
+#[test]
+fn a_pilot_that_was_frozen_while_another_took_its_node_over_ends_and_leaves_the_node_alone() {
+    let name = unique("frozen");
+    let nodes = api::cluster("nodes");
+    let mut first = Pilot::local(Options::new("frozen").env("NODENAME", &name), 600);
+    let [frozen] = first.stages("pilot")[..] else { panic!("one pilot was expected") };
+    kill(Pid::from_raw(frozen), Signal::SIGSTOP).unwrap();
+
+    // As if on another host, which shares no state.
+    let elsewhere = shared_directory();
+    std::fs::set_permissions(elsewhere.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let state = elsewhere.path().join("state");
+    let options = Options::new("frozen").env("NODENAME", &name);
+    let mut second = Pilot::start_local(&options.env("JIRIAF_STATE_DIR", state.to_str().unwrap()), 600);
+    let instance = |node: &Value| node["metadata"]["annotations"]["jiriaf.instance"].clone();
+    let before = instance(&nodes.get(&name).unwrap());
+    // A Lease holds for 40 s, and 12 s more tell a dead pilot from one whose clock is wrong.
+    wait_until("the second pilot has the Node", seconds(80), || !second.nodes().is_empty());
+    second.wait_ready(1);
+    let taken = instance(&nodes.get(&name).unwrap());
+    assert_ne!(taken, before);
+
+    kill(Pid::from_raw(frozen), Signal::SIGCONT).unwrap();
+    assert_eq!(first.wait_exit(seconds(40)), Some(1), "{}", first.output());
+    assert!(first.output().contains("another pilot has taken the Node over"), "{}", first.output());
+    let node = nodes.get(&name).unwrap();
+    assert_eq!(instance(&node), taken);
+    assert_eq!(node["metadata"]["labels"]["jiriaf.site"], second.site.as_str());
+    assert!(node["spec"]["unschedulable"].is_null(), "{:#}", node["spec"]);
+    let namespace = Namespace::new("frozen");
+    namespace.script_on(&second, "p", "exit 0\n");
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    second.signal(Signal::SIGTERM);
+    assert_eq!(second.wait_exit(seconds(30)), Some(0), "{}", second.output());
+    assert_eq!(nodes.get(&name), None);
 }

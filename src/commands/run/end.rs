@@ -11,6 +11,7 @@ use super::holds;
 use super::setup::Pilot;
 use super::signals::{Signal, Signals};
 use crate::drain::{self, SAFETY, Share};
+use crate::node::Removal;
 use crate::pod::manager::Gate;
 use crate::pod::outcome;
 
@@ -44,6 +45,8 @@ pub enum End {
     Terminated,
     /// SIGINT.
     Interrupted,
+    /// Another pilot has the Node: this one was out of reach for longer than its Lease holds.
+    Taken,
 }
 
 /// Ends everything and says how it went.
@@ -89,7 +92,7 @@ fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wa
         End::Deadline => left.filter(|left| *left > OVER).unwrap_or(kill_wait),
         // At the limit itself the deadline is over when the SIGTERM comes, and the kill wait is what is left.
         End::Terminated => kill_wait,
-        End::Interrupted => left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET),
+        End::Interrupted | End::Taken => left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET),
     }
 }
 
@@ -100,7 +103,7 @@ struct Done {
     /// Final statuses that the API server never acknowledged.
     unreported: usize,
     /// What became of the Node.
-    node: Result<(), String>,
+    node: Result<Removal, String>,
 }
 
 async fn carry_out(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
@@ -111,9 +114,14 @@ async fn carry_out(pilot: &Pilot, why: End, start: Instant, budget: Duration) ->
 }
 
 /// Cordons the Node and closes the gate. Until the cordon is acknowledged pods that arrive wait; rejecting them would
-/// bring a storm of replacements.
+/// bring a storm of replacements. On a Node that is another pilot's they wait for ever: they are that pilot's.
 async fn cordon(pilot: &Pilot) -> Done {
-    while let Err(error) = pilot.node.cordon().await {
+    let node = pilot.node.state();
+    loop {
+        if node.borrow().taken_by.is_some() {
+            return std::future::pending().await;
+        }
+        let Err(error) = pilot.node.cordon().await else { break };
         tracing::warn!(%error, "the Node could not be cordoned; it is tried again");
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -188,7 +196,18 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
         code = ExitCode::from(1);
     }
     match &done.node {
-        Ok(()) => tracing::info!("Node and Lease are removed"),
+        Ok(Removal::Removed) => tracing::info!("Node and Lease are removed"),
+        Ok(Removal::LeftBehind { .. }) => {
+            tracing::info!("the Node is left cordoned, not ready and without a Lease")
+        }
+        Ok(Removal::NotOurs) => {
+            tracing::error!(
+                node = pilot.context.identity.node,
+                "another pilot has taken the Node over, and it is left alone; this pilot was out of reach for longer \
+                 than its Lease holds, or another was given the same --node-name (NODENAME)"
+            );
+            code = ExitCode::from(1);
+        }
         Err(problem) => {
             tracing::error!(node = pilot.context.identity.node, problem, "the Node could not be removed");
             code = ExitCode::from(1);
@@ -210,6 +229,7 @@ mod tests {
         assert_eq!(first_budget(End::Terminated, Some(now + s(3000)), now, s(27)), s(27));
         assert_eq!(first_budget(End::Terminated, Some(now - s(3)), now, s(27)), s(27));
         assert_eq!(first_budget(End::Interrupted, None, now, s(27)), s(60));
+        assert_eq!(first_budget(End::Taken, None, now, s(27)), s(60));
         assert_eq!(first_budget(End::Interrupted, Some(now + s(20)), now, s(27)), s(20));
     }
 }

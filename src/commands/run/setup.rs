@@ -137,9 +137,7 @@ impl SetupError {
 /// When a setting is no good: its flag, its value, and what is wanted.
 pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
     if let Some(name) = args.node_name.as_deref() {
-        node::labels::check_node_name(name).map_err(|error| {
-            SetupError::Setting(format!("invalid value '{name}' for '--node-name' (NODENAME): {error}"))
-        })?;
+        node::labels::check_node_name(name).map_err(|error| SetupError::Setting(error.to_string()))?;
     }
     match (&args.tls_cert_file, &args.tls_private_key_file) {
         (None, None) => {}
@@ -259,11 +257,8 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         Some(ip) => ip.clone(),
         None => {
             let (host, port) = kube.host_port();
-            node::info::advertise_address(&host, port).await.map_err(|error| {
-                SetupError::Host(format!(
-                    "this host's address on the route to {host}:{port} cannot be found ({error}); name it with --advertise-address"
-                ))
-            })?
+            let found = node::info::advertise_address(&host, port).await;
+            found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
 
@@ -288,7 +283,8 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
 
     let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
     let facts = facts(&config, args);
-    let node = node::register(client.clone(), config, timing.clone()).await?;
+    let node = node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
+    node.spawn_upkeep();
 
     let mark = name.clone();
     let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone()).map_err(|error| {
@@ -359,14 +355,13 @@ pub(in crate::commands) fn node_name(args: &RunArgs, site: &str, allocation: &Al
             let job = allocation.job_id.as_ref().map(|j| j.value.as_str());
             // Slurm names each of a job's hosts; PBS does not tell a task its host's name, and two of its hosts may be one.
             let pbs = matches!(allocation.batch, BatchSystem::Pbs | BatchSystem::Torque);
-            let rank = (pbs && allocation.task.rank > 0)
-                .then(|| format!("{}-{}", allocation.host, allocation.task.rank));
-            node::labels::node_name(
+            node::labels::node_name(&node::labels::NameParts {
                 site,
                 job,
-                allocation.restart_count,
-                rank.as_deref().unwrap_or(&allocation.host),
-            )
+                restart: allocation.restart_count,
+                host: &allocation.host,
+                task: (pbs && allocation.task.rank > 0).then_some(allocation.task.rank),
+            })
         }
     }
 }
@@ -592,15 +587,6 @@ fn node_config(
     let gpus = &allocation.gpus.value;
     let node_type = args.node_type.clone().filter(|t| !t.is_empty());
     let node_type = node_type.unwrap_or_else(|| if gpus.is_empty() { "cpu" } else { "gpu" }.to_owned());
-    let mut labels: BTreeMap<String, String> = BTreeMap::from([
-        ("jiriaf.nodetype".to_owned(), node::labels::label_value(&node_type)),
-        ("jiriaf.site".to_owned(), node::labels::label_value(site)),
-        ("jiriaf.batch".to_owned(), allocation.batch.label().to_owned()),
-    ]);
-    if let Some(job) = &allocation.job_id {
-        labels.insert("jiriaf.jobid".to_owned(), node::labels::label_value(&job.value));
-    }
-    labels.extend(args.labels.iter().cloned());
     let taint = |taint: &crate::cli::Taint| k8s_openapi::api::core::v1::Taint {
         key: taint.key.clone(),
         value: taint.value.clone(),
@@ -610,7 +596,11 @@ fn node_config(
     let taints = if args.no_taint { Vec::new() } else { args.taints.iter().map(taint).collect() };
     NodeConfig {
         name: name.to_owned(),
-        labels,
+        node_type,
+        site: site.to_owned(),
+        batch: allocation.batch.label().to_owned(),
+        job_id: allocation.job_id.as_ref().map(|job| job.value.clone()),
+        labels: args.labels.iter().cloned().collect(),
         annotations: args.annotations.iter().cloned().collect(),
         taints,
         hostname: allocation.host.clone(),
@@ -620,6 +610,7 @@ fn node_config(
         instance: state.instance.clone(),
         walltime: allocated(args, allocation, state),
         publish_walltime: args.pods.walltime != Some(Walltime::Zero),
+        info: node::info::node_info(Path::new("/")),
     }
 }
 

@@ -1,0 +1,151 @@
+//! The Node's conditions, with kubelet's types, reasons, messages and order.
+//!
+//! Source of all texts: Kubernetes v1.36, `pkg/kubelet/nodestatus/setters.go`.
+
+use k8s_openapi::api::core::v1::NodeCondition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+/// How this Node is. The default is a Node in good health.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Health {
+    /// The allocation's memory runs out: the scheduler sends no more BestEffort pods.
+    pub memory_pressure: bool,
+    /// The disk of the pods' directories runs full.
+    pub disk_pressure: bool,
+    /// Process ids run out.
+    pub pid_pressure: bool,
+    /// Why the Node takes no pods; `None` while it is ready.
+    pub not_ready: Option<NotReady>,
+}
+
+/// Why a Node is not ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotReady {
+    /// One word in CamelCase; kubelet's own is `KubeletNotReady`.
+    pub reason: String,
+    /// For people; kubelet's own at its end is `node is shutting down`.
+    pub message: String,
+}
+
+/// The conditions as they are to be written: MemoryPressure, DiskPressure, PIDPressure, Ready last (what reads
+/// them in order expects Ready to sum up the others). `before` are the conditions as the API server has them:
+/// what did not change keeps its time of transition.
+#[must_use]
+pub fn conditions(before: &[NodeCondition], health: &Health, now: Timestamp) -> Vec<NodeCondition> {
+    let pressure = |kind: &str, on: bool, bad: (&str, &str), good: (&str, &str)| {
+        let (status, (reason, message)) = if on { ("True", bad) } else { ("False", good) };
+        condition(before, kind, status, reason, message, now)
+    };
+    let ready = match &health.not_ready {
+        None => condition(before, "Ready", "True", "KubeletReady", "kubelet is posting ready status", now),
+        Some(why) => condition(before, "Ready", "False", &why.reason, &why.message, now),
+    };
+    vec![
+        pressure(
+            "MemoryPressure",
+            health.memory_pressure,
+            ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
+            ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+        ),
+        pressure(
+            "DiskPressure",
+            health.disk_pressure,
+            ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+            ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ),
+        pressure(
+            "PIDPressure",
+            health.pid_pressure,
+            ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
+            ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ),
+        ready,
+    ]
+}
+
+fn condition(
+    before: &[NodeCondition],
+    kind: &str,
+    status: &str,
+    reason: &str,
+    message: &str,
+    now: Timestamp,
+) -> NodeCondition {
+    let kept = before.iter().find(|c| c.type_ == kind && c.status == status);
+    NodeCondition {
+        type_: kind.to_owned(),
+        status: status.to_owned(),
+        reason: Some(reason.to_owned()),
+        message: Some(message.to_owned()),
+        last_heartbeat_time: Some(Time(now)),
+        last_transition_time: kept.and_then(|c| c.last_transition_time.clone()).or(Some(Time(now))),
+    }
+}
+
+/// Whether the Node controller has given this Node up: it sets Ready to Unknown when the Lease lapses, and only
+/// a status of the node's own takes that back (a renewed Lease alone does not:
+/// `pkg/controller/nodelifecycle/node_lifecycle_controller.go`).
+#[must_use]
+pub fn given_up(conditions: &[NodeCondition]) -> bool {
+    conditions.iter().any(|c| c.type_ == "Ready" && c.status == "Unknown")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn a_healthy_node_has_kubelets_conditions_ready_last() {
+        let made = conditions(&[], &Health::default(), time(5));
+        let short: Vec<_> = made
+            .iter()
+            .map(|c| (c.type_.as_str(), c.status.as_str(), c.reason.as_deref().unwrap()))
+            .collect();
+        assert_eq!(
+            short,
+            [
+                ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
+                ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
+                ("PIDPressure", "False", "KubeletHasSufficientPID"),
+                ("Ready", "True", "KubeletReady"),
+            ]
+        );
+        assert!(made.iter().all(|c| c.last_transition_time == Some(Time(time(5)))));
+    }
+
+    #[test]
+    fn pressure_is_said() {
+        let health =
+            Health { memory_pressure: true, disk_pressure: true, pid_pressure: true, not_ready: None };
+        let made = conditions(&[], &health, time(5));
+        assert!(made[..3].iter().all(|c| c.status == "True"));
+        assert_eq!(made[2].reason.as_deref(), Some("KubeletHasInsufficientPID"));
+    }
+
+    #[test]
+    fn the_transition_time_moves_only_with_the_status() {
+        let first = conditions(&[], &Health::default(), time(5));
+        let why = NotReady { reason: "KubeletNotReady".into(), message: "node is shutting down".into() };
+        let ending = Health { not_ready: Some(why), ..Health::default() };
+        let second = conditions(&first, &ending, time(9));
+        assert_eq!(second[0].last_transition_time, Some(Time(time(5))));
+        assert_eq!(second[0].last_heartbeat_time, Some(Time(time(9))));
+        assert_eq!(second[3].last_transition_time, Some(Time(time(9))));
+        assert_eq!(second[3].message.as_deref(), Some("node is shutting down"));
+        assert_eq!(conditions(&second, &ending, time(12))[3].last_transition_time, Some(Time(time(9))));
+    }
+
+    #[test]
+    fn only_unknown_means_given_up() {
+        let mut made = conditions(&[], &Health::default(), time(5));
+        assert!(!given_up(&made));
+        made[3].status = "Unknown".into();
+        assert!(given_up(&made));
+        assert!(!given_up(&[]));
+    }
+}
