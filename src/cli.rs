@@ -356,6 +356,8 @@ fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // Without this, a log that cannot be written (a full disk, a terminal that is gone) would end the pilot.
+        .log_internal_errors(false)
         .init();
     command()
 }

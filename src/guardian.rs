@@ -111,6 +111,13 @@ impl GuardianLink {
     }
 }
 
+/// A line on standard error; one that nobody takes (a full disk, a terminal that is gone) ends nothing.
+macro_rules! say {
+    ($($part:tt)*) => {{
+        let _ = writeln!(io::stderr(), $($part)*);
+    }};
+}
+
 /// Runs the pilot with these arguments until it ends for good.
 #[must_use]
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
@@ -123,7 +130,7 @@ pub fn guard(program: &Path, arguments: &[OsString]) -> ExitCode {
     match Guardian::begin().and_then(|mut guardian| guardian.guard(program, arguments)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: the guardian cannot go on: {error}");
+            say!("error: the guardian cannot go on: {error}");
             ExitCode::from(1)
         }
     }
@@ -184,14 +191,12 @@ impl Guardian {
                     return Ok(code);
                 }
                 Ended::TooLate => {
-                    eprintln!(
-                        "error: the pilot was still there at the deadline; it and all its pods are killed"
-                    );
+                    say!("error: the pilot was still there at the deadline; it and all its pods are killed");
                     self.kill_all(Duration::ZERO);
                     return Ok(1);
                 }
                 Ended::Crash(signal) if is_asked_for(signal, &pilot.signals) => {
-                    eprintln!(
+                    say!(
                         "error: the pilot died by {signal}, the signal that asks it to end, before it could handle it; its \
                          pods are ended"
                     );
@@ -204,7 +209,7 @@ impl Guardian {
             self.crashes.retain(|crash| now.duration_since(*crash) < CRASH_WINDOW);
             self.crashes.push(now);
             if self.crashes.len() > CRASHES {
-                eprintln!(
+                say!(
                     "error: the pilot crashed ({code}) {} times within {} minutes; its pods are ended",
                     self.crashes.len(),
                     CRASH_WINDOW.as_secs() / 60
@@ -213,7 +218,7 @@ impl Guardian {
                 return Ok(1);
             }
             restarts += 1;
-            eprintln!("warning: the pilot crashed ({code}); it is started again, its pods go on");
+            say!("warning: the pilot crashed ({code}); it is started again, its pods go on");
         }
     }
 

@@ -6,6 +6,7 @@ pub(super) mod signals;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
@@ -78,12 +79,18 @@ async fn live(args: RunArgs, link: GuardianLink) -> ExitCode {
         }
     };
     link.ready();
-    let pilot = tokio::select! {
-        pilot = setup::start(&args, link) => pilot,
-        signal = signals.until_end() => {
+    let ready = tokio::select! {
+        ready = setup::prepare(&args, link) => ready,
+        // A pilot that was started again has pods to end: a signal waits until it can.
+        signal = signals.until_end(), if !setup::restarted() => {
             tracing::warn!(?signal, "ended before the Node was registered");
             return ExitCode::SUCCESS;
         }
+    };
+    // From here on a signal waits: a Node that is half registered would be left behind.
+    let pilot = match ready {
+        Ok(ready) => setup::join(&args, ready).await,
+        Err(error) => Err(error),
     };
     let mut pilot = match pilot {
         Ok(pilot) => pilot,
@@ -112,20 +119,18 @@ async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
 async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
     let mut timing = pilot.timing.clone();
     let mut node = pilot.node.state();
-    let mut cordon = Cordon::Open;
+    let mut cordon = Cordon::new(pilot);
     loop {
         if node.borrow_and_update().taken_by.is_some() {
             return End::Taken;
         }
         let (phase, wait) = drain::phase(timing.borrow_and_update().as_ref(), SystemTime::now());
-        match phase {
-            Phase::Draining => return End::Deadline,
-            Phase::Cordoned => cordon.close(pilot).await,
-            Phase::Open => cordon.open(pilot).await,
+        if phase == Phase::Draining {
+            return End::Deadline;
         }
+        cordon.want(phase == Phase::Cordoned).await;
         // A wall clock that jumps (suspend) is looked at again within the minute.
         let wait = wait.unwrap_or(Duration::MAX).min(Duration::from_secs(30));
-        let retry = if cordon == Cordon::Closing { wait.min(Duration::from_secs(1)) } else { wait };
         tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Ask => {
@@ -135,52 +140,70 @@ async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
                 Signal::Terminate => return End::Terminated,
                 Signal::Interrupt => return End::Interrupted,
             },
+            // Beside the signals: an API server that does not answer must not hold them up.
+            () = cordon.turn() => {}
             _ = timing.changed() => {}
             _ = node.changed() => {}
-            () = tokio::time::sleep(retry) => {}
+            () = tokio::time::sleep(wait) => {}
         }
     }
 }
 
-/// How far the cordon is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cordon {
-    Open,
-    /// Asked for, not acknowledged: pods wait.
-    Closing,
-    Closed,
+type Turning = std::pin::Pin<Box<dyn Future<Output = Result<(), crate::node::NodeError>> + Send>>;
+
+/// The cordon: whether pods are taken, here and as the API server knows it.
+struct Cordon {
+    node: Arc<crate::node::NodeHandle>,
+    manager: crate::pod::manager::Manager,
+    closed: bool,
+    /// What is being asked of the API server.
+    turning: Option<(bool, Turning)>,
 }
 
 impl Cordon {
-    async fn close(&mut self, pilot: &Pilot) {
-        if *self == Self::Open {
-            tracing::info!("no more pods are taken: the deadline is near");
-            pilot.manager.gate(Gate::Holding).await;
-            *self = Self::Closing;
-        }
-        if *self == Self::Closing {
-            match pilot.node.cordon().await {
-                Ok(()) => {
-                    pilot.manager.gate(Gate::Closed).await;
-                    *self = Self::Closed;
-                }
-                Err(error) => tracing::warn!(%error, "the Node could not be cordoned; it is tried again"),
-            }
-        }
+    fn new(pilot: &Pilot) -> Self {
+        Self { node: Arc::clone(&pilot.node), manager: pilot.manager.clone(), closed: false, turning: None }
     }
 
-    /// The deadline has moved away: pods are taken again.
-    async fn open(&mut self, pilot: &Pilot) {
-        if *self == Self::Open {
+    /// Begins to close or open. Until a cordon is acknowledged, pods that arrive wait.
+    async fn want(&mut self, closed: bool) {
+        let target = self.turning.as_ref().map_or(self.closed, |(target, _)| *target);
+        if target == closed {
             return;
         }
-        match pilot.node.uncordon().await {
+        if closed {
+            tracing::info!("no more pods are taken: the deadline is near");
+            self.manager.gate(Gate::Holding).await;
+        }
+        self.ask(closed, Duration::ZERO);
+    }
+
+    fn ask(&mut self, closed: bool, pause: Duration) {
+        let node = Arc::clone(&self.node);
+        let request = async move {
+            tokio::time::sleep(pause).await;
+            if closed { node.cordon().await } else { node.uncordon().await }
+        };
+        self.turning = Some((closed, Box::pin(request)));
+    }
+
+    /// Waits for the API server's answer; for ever when nothing is asked.
+    async fn turn(&mut self) {
+        let Some((closed, turning)) = &mut self.turning else { return std::future::pending().await };
+        let (closed, result) = (*closed, turning.await);
+        self.turning = None;
+        match result {
             Ok(()) => {
-                tracing::info!("the deadline has moved away; pods are taken again");
-                pilot.manager.gate(Gate::Open).await;
-                *self = Self::Open;
+                self.closed = closed;
+                if !closed {
+                    tracing::info!("the deadline has moved away; pods are taken again");
+                }
+                self.manager.gate(if closed { Gate::Closed } else { Gate::Open }).await;
             }
-            Err(error) => tracing::warn!(%error, "the Node could not be uncordoned; it is tried again"),
+            Err(error) => {
+                tracing::warn!(%error, closed, "the Node's cordon could not be changed; it is tried again");
+                self.ask(closed, Duration::from_secs(1));
+            }
         }
     }
 }

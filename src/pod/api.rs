@@ -10,11 +10,14 @@ use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, T
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret, ServiceAccount};
 use k8s_openapi::serde_json::Value;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 /// Longest wait for one call. An API server that is alive answers in milliseconds; its own request timeout is 60 s, but
 /// a drain has less than that.
 pub const CALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// The same while the pilot drains: an API server that comes back in the last seconds is tried again in time.
+const DRAINING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Calls under way at once. Each may cost a TLS connection; more than this only makes the API server slower.
 const CALLS_AT_ONCE: usize = 16;
@@ -33,6 +36,7 @@ pub enum Api {
 pub struct Cluster {
     client: kube::Client,
     calls: Arc<Semaphore>,
+    draining: watch::Receiver<bool>,
 }
 
 /// The objects of manifests.
@@ -69,8 +73,8 @@ pub enum ApiError {
     #[error("{}", crate::cluster::explain(.0))]
     Kube(#[from] kube::Error),
     /// No answer in time.
-    #[error("the API server did not answer within {} s", CALL_LIMIT.as_secs())]
-    TimedOut,
+    #[error("the API server did not answer within {0} s")]
+    TimedOut(u64),
 }
 
 impl ApiError {
@@ -114,19 +118,18 @@ pub struct TokenWish {
 }
 
 impl Cluster {
-    /// Talks to the API server through `client`.
+    /// Talks to the API server through `client`. `draining` turns true when time is short.
     #[must_use]
-    pub fn new(client: kube::Client) -> Self {
-        Self { client, calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)) }
+    pub fn new(client: kube::Client, draining: watch::Receiver<bool>) -> Self {
+        Self { client, calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)), draining }
     }
 
     async fn call<T>(&self, request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, ApiError> {
         // The semaphore is never closed, so a missing permit only means one more call at once.
         let _permit = self.calls.acquire().await.ok();
-        tokio::time::timeout(CALL_LIMIT, request)
-            .await
-            .map_err(|_| ApiError::TimedOut)?
-            .map_err(ApiError::from)
+        let limit = if *self.draining.borrow() { DRAINING_LIMIT } else { CALL_LIMIT };
+        let answer = tokio::time::timeout(limit, request).await;
+        answer.map_err(|_| ApiError::TimedOut(limit.as_secs()))?.map_err(ApiError::from)
     }
 
     fn pods(&self, namespace: &str) -> kube::Api<Pod> {

@@ -2,6 +2,7 @@
 //!
 //! [`end`] returns before the deadline whatever happens; what could not be done by then is said.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -58,12 +59,19 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
     // What the guardian goes by from here on: the limit's own SIGTERM comes after the deadline.
     pilot.link.set_deadline(SystemTime::now().checked_add(budget));
     pilot.draining.send_replace(true);
+    // The drain is now: what the Node says of the time that is left must not say more.
+    let now = SystemTime::now();
+    pilot.timing_tx.send_modify(|timing| {
+        if let Some(timing) = timing {
+            (timing.cordon, timing.drain) = (timing.cordon.min(now), timing.drain.min(now));
+        }
+    });
     pilot.manager.gate(Gate::Holding).await;
     // After a SIGTERM it is not known yet whether more time is left; pods have their own grace until it is.
     let first_grace = if why == End::Terminated { NO_CUT } else { drain::share(budget).grace };
     pilot.manager.shutdown(first_grace).await;
-    let work = carry_out(&pilot, why, start, budget);
-    tokio::pin!(work);
+    let mut work: Work<'_> = Box::pin(carry_out(&pilot, why, start, budget));
+    let mut terminated = why == End::Terminated;
     let mut interrupts = u32::from(why == End::Interrupted);
     let done = loop {
         tokio::select! {
@@ -76,7 +84,18 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
                         pilot.manager.shutdown(HURRY).await;
                     }
                 }
-                Signal::Terminate => tracing::info!("SIGTERM during the drain changes nothing"),
+                Signal::Terminate if terminated => tracing::info!("another SIGTERM changes nothing"),
+                Signal::Terminate => {
+                    terminated = true;
+                    let left = budget.saturating_sub(start.elapsed());
+                    if pilot.kill_wait < left {
+                        tracing::warn!(seconds = pilot.kill_wait.as_secs(), "SIGTERM: less time is left than was known");
+                        pilot.link.set_deadline(SystemTime::now().checked_add(pilot.kill_wait));
+                        let share = drain::share(pilot.kill_wait);
+                        pilot.manager.shutdown(share.grace).await;
+                        work = Box::pin(carry_on(&pilot, Instant::now(), share));
+                    }
+                }
                 Signal::Ask => {}
             },
         }
@@ -104,6 +123,15 @@ struct Done {
     unreported: usize,
     /// What became of the Node.
     node: Result<Removal, String>,
+}
+
+type Work<'a> = std::pin::Pin<Box<dyn Future<Output = Done> + 'a>>;
+
+async fn carry_on(pilot: &Pilot, start: Instant, share: Share) -> Done {
+    tokio::select! {
+        done = finish(pilot, start, share) => done,
+        never = cordon(pilot) => never,
+    }
 }
 
 async fn carry_out(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
@@ -161,23 +189,24 @@ async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
 }
 
 async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
-    let strays = crate::container::end_marked(&pilot.context.identity.mark);
-    if strays > 0 {
-        tracing::warn!(strays, "processes that had left their containers were killed");
-    }
     if done.running == 0 {
         // What is left says something only of pods that did not end; `clean` takes care of those.
         let _ = std::fs::remove_dir_all(&pilot.state_dir);
     }
     let summary = pilot.manager.final_summary().await;
     let table = outcome::table(&summary.outcomes);
-    if table.is_empty() {
-        println!("No pods ran.");
-    } else {
-        print!("{table}");
-    }
+    // Output that nobody takes (a full disk, a terminal that is gone) must not keep the pilot from its end.
+    let mut output = std::io::stdout().lock();
+    let _ = if table.is_empty() { writeln!(output, "No pods ran.") } else { write!(output, "{table}") };
     if summary.forgotten > 0 {
-        println!("… and {} before them: see {}", summary.forgotten, pilot.context.places.kept.display());
+        let kept = pilot.context.places.kept.display();
+        let _ = writeln!(output, "… and {} before them: see {kept}", summary.forgotten);
+    }
+    let _ = output.flush();
+    drop(output);
+    let strays = crate::container::end_marked(&pilot.context.identity.mark);
+    if strays > 0 {
+        tracing::warn!(strays, "processes that had left their containers were killed");
     }
     let mut code = ExitCode::SUCCESS;
     if done.running > 0 {

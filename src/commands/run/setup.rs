@@ -44,7 +44,7 @@ const PODS: u32 = 1000;
 /// A pilot that lives, with all that it is made of.
 pub struct Pilot {
     /// The Node.
-    pub node: NodeHandle,
+    pub node: Arc<NodeHandle>,
     /// The pods.
     pub manager: Manager,
     /// What all pods share.
@@ -53,6 +53,8 @@ pub struct Pilot {
     pub tracker: TrackerHandle,
     /// The deadline and what follows from it.
     pub timing: watch::Receiver<Option<Timing>>,
+    /// Moves it.
+    pub timing_tx: Arc<watch::Sender<Option<Timing>>>,
     /// Turned true when the drain begins.
     pub draining: watch::Sender<bool>,
     /// Between the batch system's SIGTERM and its SIGKILL.
@@ -196,11 +198,33 @@ pub fn default_state_dir(env: &Environment) -> PathBuf {
     Path::new(&tmp).join(format!("jiriaf-pilot-{}", nix::unistd::getuid()))
 }
 
-/// Brings the pilot to life.
+/// All that comes before the Node: nothing of it is seen by anybody, so it may be broken off.
+pub struct Ready {
+    client: kube::Client,
+    allocation: Allocation,
+    env: Environment,
+    site: String,
+    name: String,
+    ip: String,
+    places: Places,
+    state: PilotState,
+    state_dir: PathBuf,
+    holds: Holds,
+    deadline: watch::Receiver<Option<Deadline>>,
+    first: Option<Deadline>,
+    tracker: TrackerHandle,
+    kill_wait: Duration,
+    link: GuardianLink,
+    supervisors: Supervisors,
+    records: Records,
+    recovered: Vec<manager::Recovered>,
+}
+
+/// Finds out what was granted, takes up what is there of before a crash, and reaches the API server.
 ///
 /// # Errors
-/// When something that it needs is not there; nothing is registered then.
-pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupError> {
+/// When something that the pilot needs is not there; nothing is registered then.
+pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupError> {
     check_settings(args)?;
     let env = Environment::from_process();
 
@@ -252,7 +276,17 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     };
     say_what_was_granted(&allocation, &name, first.as_ref(), kill_wait);
 
-    let client = kube.connect(args.startup_timeout).await?;
+    // First of all: a supervisor without a pilot ends its container after a while, and the API server may be away.
+    let mend = "choose another place with --state-dir";
+    let supervisors = Supervisors::new(&state_dir.join("containers"), name.clone())
+        .map_err(|error| place("state directory", &state_dir, &error, mend))?;
+    let records = Records::open(&state_dir.join("pods"))
+        .map_err(|error| place("state directory", &state_dir, &error, mend))?;
+    let recovered = recover(&supervisors, &records, restarted()).await;
+    link.set_deadline(first.as_ref().map(|d| d.at));
+    // A pilot that has pods to lose does not give the API server up before its time is over.
+    let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
+    let client = kube.connect(patience).await?;
     let ip = match &args.advertise_address {
         Some(ip) => ip.clone(),
         None => {
@@ -261,7 +295,36 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
             found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
+    let holds = Holds { _lock: lock, _port: port };
+    Ok(Ready {
+        client,
+        allocation,
+        env,
+        site,
+        name,
+        ip,
+        places,
+        state,
+        state_dir,
+        holds,
+        deadline,
+        first,
+        tracker,
+        kill_wait,
+        link,
+        supervisors,
+        records,
+        recovered,
+    })
+}
 
+/// Registers the Node and begins to take pods.
+///
+/// # Errors
+/// When the API server refuses the Node; nothing is registered then.
+pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
+    let Ready { client, allocation, env, site, name, ip, places, state, state_dir, deadline, first, .. } =
+        ready;
     let leads = Leads::new(
         state.first_left.map_or(Duration::MAX, Duration::from_secs),
         args.cordon_before,
@@ -269,15 +332,15 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     );
     let (timing_tx, timing) = watch::channel(first.as_ref().map(|d| leads.timing(d.at)));
     let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
-    let link = Arc::new(link);
-    link.set_deadline(first.map(|d| d.at));
+    let link = Arc::new(ready.link);
+    let timing_tx = Arc::new(timing_tx);
     let (draining_tx, draining) = watch::channel(false);
     let followers = Followers {
-        timing: timing_tx,
+        timing: Arc::clone(&timing_tx),
         drain: drain_tx,
         link: Arc::clone(&link),
         draining: draining.clone(),
-        kill_wait,
+        kill_wait: ready.kill_wait,
     };
     tokio::spawn(follow_deadline(deadline, leads, followers));
 
@@ -285,18 +348,14 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
     let facts = facts(&config, args);
     let node = node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
     node.spawn_upkeep();
+    let node = Arc::new(node);
 
     let mark = name.clone();
-    let supervisors = Supervisors::new(&state_dir.join("containers"), mark.clone()).map_err(|error| {
-        place("state directory", &state_dir, &error, "choose another place with --state-dir")
-    })?;
     let context = Arc::new(Context {
-        api: Api::Cluster(Cluster::new(client.clone())),
+        api: Api::Cluster(Cluster::new(client.clone(), draining.clone())),
         events: Events::to_cluster(client.clone(), &name),
-        supervisors: Arc::new(supervisors),
-        records: Records::open(&state_dir.join("pods")).map_err(|error| {
-            place("state directory", &state_dir, &error, "choose another place with --state-dir")
-        })?,
+        supervisors: Arc::new(ready.supervisors),
+        records: ready.records,
         identity: Identity {
             node: Some(name.clone()),
             ip,
@@ -319,12 +378,11 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         output: None,
     });
     spawn_housekeeping(&context);
-    let recovered = recover(&context, restarted()).await;
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(client, &name),
         facts: follow_labels(facts, node.labels()),
-        recovered,
+        recovered: ready.recovered,
     });
     let known = *timing.borrow();
     tracing::info!(
@@ -333,9 +391,21 @@ pub async fn start(args: &RunArgs, link: GuardianLink) -> Result<Pilot, SetupErr
         drain = known.map(|t| rfc3339(t.drain)),
         "Node registered; pods are taken until the cordon and ended at the drain"
     );
-    let holds = Holds { _lock: lock, _port: port };
+    let (tracker, kill_wait) = (ready.tracker, ready.kill_wait);
     let draining = draining_tx;
-    Ok(Pilot { node, manager, context, tracker, timing, draining, kill_wait, link, state_dir, _holds: holds })
+    Ok(Pilot {
+        node,
+        manager,
+        context,
+        tracker,
+        timing,
+        timing_tx,
+        draining,
+        kill_wait,
+        link,
+        state_dir,
+        _holds: ready.holds,
+    })
 }
 
 /// The label jiriaf.site: as set, else the batch cluster's name.
@@ -540,7 +610,7 @@ fn say_what_was_granted(
 
 /// Whom a deadline that moves concerns.
 struct Followers {
-    timing: watch::Sender<Option<Timing>>,
+    timing: Arc<watch::Sender<Option<Timing>>>,
     drain: watch::Sender<Option<SystemTime>>,
     link: Arc<GuardianLink>,
     draining: watch::Receiver<bool>,
@@ -701,15 +771,15 @@ pub(in crate::commands) fn spawn_housekeeping(context: &Arc<Context>) {
 }
 
 /// Whether the guardian has started this pilot again.
-fn restarted() -> bool {
+pub fn restarted() -> bool {
     std::env::var_os(crate::guardian::RESTARTED).is_some()
 }
 
 /// The pods of before a crash, each with the supervisors that are still there. A pilot that no guardian has restarted
 /// begins anew: what an earlier one of the same name left is ended and forgotten.
-async fn recover(context: &Arc<Context>, restarted: bool) -> Vec<manager::Recovered> {
-    let mut records = context.records.load();
-    let mut found = match context.supervisors.find().await {
+async fn recover(supervisors: &Supervisors, all: &Records, restarted: bool) -> Vec<manager::Recovered> {
+    let mut records = all.load();
+    let mut found = match supervisors.find().await {
         Ok(found) => found,
         Err(error) => {
             tracing::error!(%error, "the supervisors of before the crash cannot be found");
@@ -718,7 +788,7 @@ async fn recover(context: &Arc<Context>, restarted: bool) -> Vec<manager::Recove
     };
     if !restarted {
         for record in std::mem::take(&mut records) {
-            context.records.remove(record.uid());
+            all.remove(record.uid());
         }
     } else if !records.is_empty() {
         tracing::info!(
