@@ -13,8 +13,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 
 /// A directory that should be ours alone and is not.
@@ -107,6 +107,9 @@ pub struct Root {
     directory: OwnedFd,
 }
 
+/// A list of files has a line for each file of a pod's volumes, and a pod's objects are some MiB at most.
+const LIST_BYTES: u64 = 4 << 20;
+
 const DIRECTORY: OFlag =
     OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC).union(OFlag::O_RDONLY);
 
@@ -148,29 +151,69 @@ impl Root {
         written
     }
 
-    /// Writes a file only where none is, or where `list` names it as one that was written by this function before.
+    /// Writes a file only where none is, or where `list` names it as one that was written by this function before. The
+    /// list is written first, so that [`Root::remove_own`] finds whatever was made.
     ///
     /// # Errors
     /// As [`Root::write`]; [`io::ErrorKind::AlreadyExists`] for a file that somebody else wrote.
     pub fn write_own(&self, path: &Path, bytes: &[u8], mode: u32, list: &Path) -> io::Result<()> {
-        let line = path.to_string_lossy().into_owned();
-        let known = fs::read_to_string(list).unwrap_or_default();
+        let line = path.to_str().filter(|line| !line.contains('\n')).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "a name in UTF-8 without line ends is wanted")
+        })?;
+        let known = read_list(list)?;
         let ours = known.lines().any(|known| known == line);
         let (parent, name) = self.parent(path)?;
         if !ours {
-            let flags =
-                OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            match openat(&parent, name, flags, Mode::from_bits_truncate(0o600)) {
-                Ok(made) => drop(made),
-                Err(Errno::EEXIST) => {
-                    let problem = "it is there already and was not written by this pod; it is never replaced";
-                    return Err(io::Error::new(io::ErrorKind::AlreadyExists, problem));
-                }
-                Err(error) => return Err(error.into()),
+            let occupied = || {
+                let problem = "it is there already and was not written by this pod; it is never replaced";
+                io::Error::new(io::ErrorKind::AlreadyExists, problem)
+            };
+            // Nothing of somebody else's comes onto the list, not even for a moment.
+            if fstatat(&parent, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok() {
+                return Err(occupied());
             }
             write_atomic(list, format!("{known}{line}\n").as_bytes(), 0o600)?;
+            let flags =
+                OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            if let Err(error) = openat(&parent, name, flags, Mode::from_bits_truncate(0o600)) {
+                write_atomic(list, known.as_bytes(), 0o600)?;
+                return Err(if error == Errno::EEXIST { occupied() } else { error.into() });
+            }
         }
         self.write(path, bytes, mode)
+    }
+
+    /// Removes the files that [`Root::write_own`] has put on `list`. What is not there any more or is no regular file
+    /// stays, and so do directories.
+    ///
+    /// # Errors
+    /// When the list cannot be read or a file cannot be removed; the others are removed all the same.
+    pub fn remove_own(&self, list: &Path) -> io::Result<()> {
+        let mut result = Ok(());
+        for line in read_list(list)?.lines() {
+            if let Err(error) = self.remove_file(Path::new(line)) {
+                result = Err(io::Error::new(error.kind(), format!("{line} in the home directory: {error}")));
+            }
+        }
+        result
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let (Some(parent), Some(Component::Normal(name))) = (path.parent(), path.components().next_back())
+        else {
+            return Err(leaves(path));
+        };
+        let parent = match self.walk(parent, None) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            parent => parent?,
+        };
+        match fstatat(&parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(found) if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG => {
+                Ok(unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir)?)
+            }
+            Ok(_) | Err(Errno::ENOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Makes a symbolic link; one that is there with the same target stays.
@@ -226,6 +269,19 @@ impl Root {
             })?;
         }
         Ok(here)
+    }
+}
+
+/// The list of [`Root::write_own`]; empty where there is none yet.
+fn read_list(list: &Path) -> io::Result<String> {
+    match fs::symlink_metadata(list) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error),
+        Ok(found) if found.is_file() && found.len() <= LIST_BYTES => fs::read_to_string(list),
+        Ok(_) => Err(io::Error::other(format!(
+            "{} is no list of files of at most {LIST_BYTES} bytes",
+            list.display()
+        ))),
     }
 }
 
@@ -309,5 +365,29 @@ mod tests {
         root.write_own(Path::new("new"), b"1", 0o644, &list).unwrap();
         root.write_own(Path::new("new"), b"2", 0o644, &list).unwrap();
         assert_eq!(fs::read_to_string(home.path().join("new")).unwrap(), "2");
+    }
+
+    #[test]
+    fn only_regular_files_on_the_list_are_removed() {
+        let home = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let list = home.path().join(".list");
+        let root = Root::open(home.path()).unwrap();
+        fs::write(home.path().join("thesis"), "mine").unwrap();
+        fs::write(outside.path().join("f"), "mine").unwrap();
+        assert!(root.write_own(Path::new("thesis"), b"x", 0o644, &list).is_err());
+        assert!(!list.exists(), "what is somebody else's is not on the list");
+        for name in ["a/f", "gone", "link"] {
+            root.write_own(Path::new(name), b"x", 0o600, &list).unwrap();
+        }
+        fs::remove_file(home.path().join("gone")).unwrap();
+        fs::remove_file(home.path().join("link")).unwrap();
+        symlink(outside.path().join("f"), home.path().join("link")).unwrap();
+        root.remove_own(&list).unwrap();
+        assert!(!home.path().join("a/f").exists());
+        assert!(fs::symlink_metadata(home.path().join("link")).is_ok());
+        fs::write(&list, "../x\n/etc/x\n").unwrap();
+        assert!(root.remove_own(&list).is_err());
+        assert!(home.path().join("thesis").exists() && outside.path().join("f").exists());
     }
 }

@@ -68,6 +68,7 @@ impl Place {
             job: Some("7".to_owned()),
             host: host.to_owned(),
             node: Some(node.to_owned()),
+            cluster: None,
             pilot: pilot.clone(),
         };
         let directory = claim(&self.home(), &marker, |_| Liveness::Alive).unwrap();

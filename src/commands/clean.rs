@@ -152,7 +152,8 @@ impl Cleaner {
             }
             let job = marker.job.as_deref().or(marker.node.as_deref()).unwrap_or("play");
             let kept = root.join(directory::KEPT).join(label_value(job));
-            match directory::remove(&pod.path, &marker.uid, &kept) {
+            let home = std::env::var_os("HOME").map(PathBuf::from);
+            match directory::remove(&pod.path, &marker.uid, &kept, home.as_deref()) {
                 Ok(kept) => logs = kept,
                 Err(error) => {
                     self.fail("pod directory", &pod.path, &error.source);

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinError;
 
 use super::api::Api;
 use super::directory::ProcessIdentity;
@@ -14,6 +15,26 @@ use super::events::Events;
 use super::expansion::Expand;
 use super::record::Records;
 use crate::container::{Session, Supervisors};
+
+/// How many pieces of work on the pods directory go on at once: half of the runtime's blocking threads. A home directory
+/// that hangs holds these, and name resolution and the batch system's programs still have theirs.
+const ON_DISK: usize = 4;
+
+static DISK: Semaphore = Semaphore::const_new(ON_DISK);
+
+/// Works on the pods directory, in a thread that may be held up, after those that were there before.
+///
+/// # Errors
+/// When the work panics or the runtime ends.
+pub async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, JoinError> {
+    // The semaphore is never closed. The thread holds the permit: whoever waits for it may have given up.
+    let permit = DISK.acquire().await;
+    tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        work()
+    })
+    .await
+}
 
 /// A line of a container's output on its way to the terminal (`play`).
 #[derive(Debug, Clone)]
@@ -63,6 +84,8 @@ pub struct Context {
 pub struct Identity {
     /// The Node's name; none for `play`.
     pub node: Option<String>,
+    /// The API server's URL, which tells clusters apart; none for `play`.
+    pub cluster: Option<String>,
     /// The Node's address.
     pub ip: String,
     /// This host's name.
@@ -104,5 +127,38 @@ impl Places {
     #[must_use]
     pub fn parent(&self, namespace: &str) -> PathBuf {
         if self.namespaced { self.pods.join(namespace) } else { self.pods.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_leaves_other_work_its_threads() {
+        let mut doors = Vec::new();
+        let (began_tx, began) = channel();
+        let mut works = Vec::new();
+        for _ in 0..ON_DISK + 1 {
+            let (door_tx, door) = channel::<()>();
+            let began = began_tx.clone();
+            doors.push(door_tx);
+            works.push(tokio::spawn(on_disk(move || {
+                let _ = began.send(());
+                let _ = door.recv();
+            })));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(began.try_iter().count(), ON_DISK);
+        // Whoever gives up does not free what its thread still holds.
+        works[0].abort();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(began.try_iter().count(), 0);
+        drop(doors);
+        for work in works.drain(1..) {
+            work.await.unwrap().unwrap();
+        }
+        assert_eq!(began.try_iter().count(), 1);
     }
 }

@@ -3,14 +3,17 @@
 //! [`claim`] gives a pod its directory. A directory is a pod's only with our marker in it; whatever else bears the
 //! wanted name (a directory of the user's, a live pod of another namespace or another host) is never touched.
 
+mod removal;
+
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::removal::{remove, remove_home_files};
 use crate::files;
 
 /// The marker's name in a pod's directory.
@@ -24,6 +27,13 @@ const KEEP_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How much is kept in all (bytes): home directories have quotas of some tens of GiB.
 const KEEP_BYTES: u64 = 1 << 30;
+
+/// Bytes of [`kept_name`]: 200 less a container's name (63, a DNS label), a log's (`4294967295.log.9`) and two dots.
+/// A namespace's name (63) and a uid leave the pod's own no less than 45.
+const KEPT_NAME_MOST: usize = 119;
+
+/// Where the files that a pod wrote into the home directory are listed, in the pod's directory.
+pub const HOME_FILES: &str = ".home-files";
 
 /// A marker is some hundred bytes; anything larger is not ours.
 const MARKER_BYTES: u64 = 64 * 1024;
@@ -43,6 +53,9 @@ pub struct Marker {
     pub host: String,
     /// The Node's name; none for `play`.
     pub node: Option<String>,
+    /// The URL of the API server that knows the pod; none for `play`.
+    #[serde(default)]
+    pub cluster: Option<String>,
     /// The pilot's process, so that another pilot on this host sees whether it lives.
     pub pilot: ProcessIdentity,
 }
@@ -66,7 +79,7 @@ pub enum Occupant {
     /// Something without our marker.
     Foreign,
     /// A pod's directory.
-    Pod(Marker),
+    Pod(Box<Marker>),
 }
 
 /// Whether the pod of a marker may still be alive; asked only for another pod's directory.
@@ -76,6 +89,21 @@ pub enum Liveness {
     Alive,
     /// The pod is no more.
     Gone,
+}
+
+/// Whether the API server of `cluster` is the one to ask about the pod of `other`. Another cluster's would say of each
+/// pod that it is gone, and pilots of several clusters may share a home directory.
+#[must_use]
+pub fn is_of_cluster(other: &Marker, cluster: Option<&str>) -> bool {
+    other.node.is_some() && other.cluster.is_some() && other.cluster.as_deref() == cluster
+}
+
+/// Whether a pod that nobody can be asked about may be alive: its pilot is gone only where that was on this host, and
+/// the boot is another or the process is no more. `start` is the start time of the process that has its number now.
+#[must_use]
+pub fn process_liveness(other: &Marker, host: &str, boot: &str, start: Option<u64>) -> Liveness {
+    let lives = other.pilot.boot == boot && start == Some(other.pilot.start);
+    if other.host != host || lives { Liveness::Alive } else { Liveness::Gone }
 }
 
 /// What to do to give `uid` its directory.
@@ -121,7 +149,7 @@ pub fn look(path: &Path) -> io::Result<Occupant> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Occupant::None),
         Err(error) => Err(error),
         Ok(metadata) if !metadata.is_dir() => Ok(Occupant::Foreign),
-        Ok(_) => Ok(read_marker(path).map_or(Occupant::Foreign, Occupant::Pod)),
+        Ok(_) => Ok(read_marker(path).map_or(Occupant::Foreign, |marker| Occupant::Pod(Box::new(marker)))),
     }
 }
 
@@ -193,48 +221,20 @@ fn make(path: &Path, marker: &Marker) -> io::Result<()> {
     filled
 }
 
-/// Moves a pod's logs to the kept directory and removes the rest. Returns the places of the kept logs.
-///
-/// # Errors
-/// When the directory is not this pod's or cannot be removed.
-pub fn remove(directory: &Path, uid: &str, kept: &Path) -> Result<Vec<PathBuf>, DirectoryError> {
-    let fail = |source| DirectoryError { path: directory.to_owned(), source };
-    match look(directory).map_err(fail)? {
-        Occupant::None => return Ok(Vec::new()),
-        Occupant::Pod(marker) if marker.uid == uid => {
-            let logs = keep_logs(directory, &marker, kept);
-            fs::remove_dir_all(directory).map_err(fail)?;
-            return Ok(logs);
-        }
-        Occupant::Pod(_) | Occupant::Foreign => {}
-    }
-    Err(fail(io::Error::other("it carries another pod's marker or none; left alone")))
-}
-
-/// The name of a kept file: namespace, pod, and enough of the uid to tell two of one name apart.
+/// The name of a kept file: namespace, pod (cut where it is long), and enough of the uid to tell two of one name apart.
+/// A container's name and a log's follow; the whole stays below 200 bytes.
 #[must_use]
 pub fn kept_name(namespace: &str, name: &str, uid: &str) -> String {
-    format!("{namespace}.{}", suffixed(name, uid))
+    let short: String = suffixed("", uid);
+    let room = KEPT_NAME_MOST.saturating_sub(namespace.len() + 1 + short.len());
+    let name = cut(name, room);
+    format!("{namespace}.{name}{short}")
 }
 
-fn keep_logs(directory: &Path, marker: &Marker, kept: &Path) -> Vec<PathBuf> {
-    let mut moved = Vec::new();
-    let Ok(containers) = fs::read_dir(directory.join("containers")) else { return moved };
-    let name = kept_name(&marker.namespace, &marker.name, &marker.uid);
-    for container in containers.flatten() {
-        let Ok(logs) = fs::read_dir(container.path().join("logs")) else { continue };
-        for log in logs.flatten() {
-            let target = kept.join(format!(
-                "{name}.{}.{}",
-                container.file_name().display(),
-                log.file_name().display()
-            ));
-            if make_kept(kept).is_ok() && fs::rename(log.path(), &target).is_ok() {
-                moved.push(target);
-            }
-        }
-    }
-    moved
+/// As much of a text as fits into so many bytes, in whole characters.
+fn cut(text: &str, most: usize) -> &str {
+    let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= most).last();
+    &text[..end.unwrap_or(0)]
 }
 
 /// Makes the kept directory and its parent, 0700.
@@ -252,8 +252,12 @@ pub fn make_kept(kept: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes kept files that are too old, then the oldest until the rest is small enough.
+/// Removes kept files that are too old, then the oldest until the rest is small enough. What a removal that was broken
+/// off has left for as long goes too.
 pub fn prune_kept(root: &Path, now: SystemTime) {
+    for path in old_trash(root, now) {
+        let _ = removal::remove_tree(&path);
+    }
     for path in superfluous(root, now) {
         let _ = fs::remove_file(&path);
         if let Some(job) = path.parent() {
@@ -261,6 +265,25 @@ pub fn prune_kept(root: &Path, now: SystemTime) {
             let _ = fs::remove_dir(job);
         }
     }
+}
+
+/// Directories whose removal began longer ago than logs are kept: their inode changed when they were renamed.
+fn old_trash(root: &Path, now: SystemTime) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    for job in fs::read_dir(root).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(job.path()).into_iter().flatten().flatten() {
+            let trash = entry.file_name().to_string_lossy().starts_with(removal::TRASH);
+            let Some(metadata) = entry.metadata().ok().filter(|metadata| trash && metadata.is_dir()) else {
+                continue;
+            };
+            let renamed = Duration::from_secs(u64::try_from(metadata.ctime()).unwrap_or_default());
+            if now.saturating_sub(renamed) > KEEP_AGE {
+                found.push(entry.path());
+            }
+        }
+    }
+    found
 }
 
 /// The kept files that [`prune_kept`] removes.
@@ -306,7 +329,7 @@ pub struct DirectoryError {
 mod tests {
     use super::*;
 
-    fn marker(uid: &str) -> Marker {
+    pub(super) fn marker(uid: &str) -> Marker {
         Marker {
             uid: uid.to_owned(),
             namespace: "default".to_owned(),
@@ -314,6 +337,7 @@ mod tests {
             job: Some("7".to_owned()),
             host: "n1".to_owned(),
             node: Some("site-7-n1".to_owned()),
+            cluster: Some("https://a:6443".to_owned()),
             pilot: ProcessIdentity { pid: 1, start: 2, boot: "b".to_owned() },
         }
     }
@@ -358,17 +382,48 @@ mod tests {
     }
 
     #[test]
-    fn removing_keeps_the_logs_and_refuses_what_is_not_ours() {
+    fn only_the_pods_own_cluster_is_asked_about_it() {
+        let other = marker("aaaaaaaa-1");
+        assert!(is_of_cluster(&other, Some("https://a:6443")));
+        assert!(!is_of_cluster(&other, Some("https://b:6443")));
+        assert!(!is_of_cluster(&other, None));
+        let mut old = serde_json::to_value(&other).unwrap();
+        old.as_object_mut().unwrap().remove("cluster");
+        let old: Marker = serde_json::from_value(old).unwrap();
+        assert!(!is_of_cluster(&old, Some("https://a:6443")) && !is_of_cluster(&old, None));
+        // Host, boot, the start of the process with its number.
+        for (host, boot, start, wanted) in [
+            ("n1", "b", Some(2), Liveness::Alive),
+            ("n1", "b", Some(3), Liveness::Gone),
+            ("n1", "b", None, Liveness::Gone),
+            ("n1", "c", Some(2), Liveness::Gone),
+            ("n2", "c", None, Liveness::Alive),
+        ] {
+            assert_eq!(process_liveness(&other, host, boot, start), wanted, "{host} {boot} {start:?}");
+        }
+    }
+
+    #[test]
+    fn a_kept_name_is_short_and_keeps_the_uid() {
+        assert_eq!(kept_name("default", "p1", "aaaaaaaa-1"), "default.p1.aaaaaaaa");
+        let long = kept_name(&"n".repeat(63), &"p".repeat(253), "aaaaaaaa-1");
+        assert_eq!(long.len(), KEPT_NAME_MOST);
+        assert!(long.ends_with("p.aaaaaaaa"));
+        assert!(format!("{long}.{}.4294967295.log.9", "c".repeat(63)).len() <= 200);
+    }
+
+    #[test]
+    fn a_removal_that_was_broken_off_goes_with_the_old_logs() {
         let root = tempfile::tempdir().unwrap();
-        let directory = claim(root.path(), &marker("aaaaaaaa-1"), |_| Liveness::Alive).unwrap();
-        fs::create_dir_all(directory.join("containers/c1/logs")).unwrap();
-        fs::write(directory.join("containers/c1/logs/0.log"), "line").unwrap();
-        let kept = root.path().join(KEPT).join("7");
-        assert!(remove(&directory, "cccccccc", &kept).is_err());
-        let logs = remove(&directory, "aaaaaaaa-1", &kept).unwrap();
-        assert_eq!(logs, vec![kept.join("default.p1.aaaaaaaa.c1.0.log")]);
-        assert!(!directory.exists());
-        assert_eq!(fs::read_to_string(&logs[0]).unwrap(), "line");
+        let trash = root.path().join("7/.trash-aaaaaaaa-1");
+        fs::create_dir_all(trash.join("a")).unwrap();
+        fs::create_dir_all(root.path().join("8/other")).unwrap();
+        let now = SystemTime::now();
+        prune_kept(root.path(), now);
+        assert!(trash.exists());
+        prune_kept(root.path(), now + 2 * KEEP_AGE);
+        assert!(!trash.exists());
+        assert!(root.path().join("8/other").exists());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::admission::{self, Load, NodeFacts, Rejection};
-use super::context::Context;
+use super::context::{Context, on_disk};
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::publisher::Publisher;
@@ -315,11 +315,11 @@ impl State {
         let kept = self.context.places.kept.clone();
         let file = outcome.clone();
         // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
-        tokio::task::spawn_blocking(move || {
+        tokio::spawn(on_disk(move || {
             if let Err(error) = file.keep(&kept) {
                 tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
             }
-        });
+        }));
     }
 
     async fn on_pod(&mut self, event: PodEvent) {

@@ -124,6 +124,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         records,
         identity: Identity {
             node: None,
+            cluster: None,
             ip: "127.0.0.1".to_owned(),
             host: found.host.clone(),
             job,

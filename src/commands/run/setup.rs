@@ -25,7 +25,7 @@ use crate::guardian::GuardianLink;
 use crate::node::{self, NodeConfig, NodeHandle, Timing};
 use crate::pod::admission::NodeFacts;
 use crate::pod::api::{Api, Cluster};
-use crate::pod::context::{Context, Identity, Places, Policy};
+use crate::pod::context::{Context, Identity, Places, Policy, on_disk};
 use crate::pod::directory::{self, ProcessIdentity};
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
@@ -37,6 +37,9 @@ const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// On PBS each end of a container is held back so long: its SIGTERM reaches all processes of a job within 15 ms.
 const PBS_HOLD: Duration = Duration::from_millis(250);
+
+/// Between two looks for logs that are too old or too many: a pilot lives for days, and its pods fill the directory.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
 /// Pods at once: kubelet's own default is 110 (kubelet config, maxPods); virtual-kubelet-cmd said 1000.
 const PODS: u32 = 1000;
@@ -358,6 +361,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         records: ready.records,
         identity: Identity {
             node: Some(name.clone()),
+            cluster: Some(kube.url()),
             ip,
             host: allocation.host.clone(),
             job: allocation.job_id.as_ref().map(|j| j.value.clone()),
@@ -767,7 +771,17 @@ pub(in crate::commands) fn spawn_housekeeping(context: &Arc<Context>) {
     let supervisors = Arc::clone(&context.supervisors);
     tokio::spawn(async move { supervisors.reap_strays(allocation::command::is_ours).await });
     let kept_root = context.places.pods.join(directory::KEPT);
-    tokio::task::spawn_blocking(move || directory::prune_kept(&kept_root, SystemTime::now()));
+    tokio::spawn(async move {
+        let mut hourly = tokio::time::interval(PRUNE_EVERY);
+        hourly.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            hourly.tick().await;
+            let root = kept_root.clone();
+            if on_disk(move || directory::prune_kept(&root, SystemTime::now())).await.is_err() {
+                return;
+            }
+        }
+    });
 }
 
 /// Whether the guardian has started this pilot again.

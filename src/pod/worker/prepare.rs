@@ -12,7 +12,7 @@ use crate::container::{ContainerSpec, LogLimits};
 use crate::files;
 use crate::pod::api::{Api, ApiError, Token, TokenWish};
 use crate::pod::command_line::argv;
-use crate::pod::context::{Context, Identity};
+use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
     Additions, ConfigError, EnvInput, Facts, Objects, TokenRef, container_env, references,
@@ -61,6 +61,16 @@ pub enum PrepareError {
         /// Why.
         source: io::Error,
     },
+    /// A file of a volume would stand where somebody else's does.
+    #[error(
+        "{path}: {source}; remove it, or mount the volume at another place", path = path.display()
+    )]
+    Occupied {
+        /// The file.
+        path: PathBuf,
+        /// What is there.
+        source: io::Error,
+    },
     /// The preparation was ended from outside.
     #[error("preparing the pod came to no end: {0}")]
     Aborted(String),
@@ -71,7 +81,9 @@ impl PrepareError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Directory(_) | Self::Aborted(_) => "FailedCreatePodSandBox",
-            Self::Api { .. } | Self::Volume(_) | Self::Write { .. } => VolumeError::REASON,
+            Self::Api { .. } | Self::Volume(_) | Self::Write { .. } | Self::Occupied { .. } => {
+                VolumeError::REASON
+            }
         }
     }
 }
@@ -210,10 +222,12 @@ async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, 
 /// The pod's directory: the known one after a restart, else a new one.
 async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<PathBuf, PrepareError> {
     let marker = marker(&context.identity, pod);
-    if let Some(known) =
-        known.filter(|path| directory::read_marker(path).is_some_and(|m| m.uid == marker.uid))
-    {
-        return Ok(known);
+    if let Some(known) = known {
+        let uid = marker.uid.clone();
+        let path = known.clone();
+        if blocking(move || directory::read_marker(&path).is_some_and(|m| m.uid == uid)).await? {
+            return Ok(known);
+        }
     }
     let parent = context.places.parent(&marker.namespace);
     let plain = parent.join(&marker.name);
@@ -227,12 +241,33 @@ async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<P
         Occupant::Pod(other) => Some(other),
         _ => None,
     };
-    let answer = move |other: &Marker| if Some(other) == asked.as_ref() { liveness } else { Liveness::Alive };
-    Ok(blocking(move || directory::claim(&parent, &marker, answer)).await??)
+    let home = context.places.home.clone();
+    Ok(blocking(move || claim_at(&parent, &marker, asked.as_deref(), liveness, &home)).await??)
+}
+
+fn claim_at(
+    parent: &Path,
+    marker: &Marker,
+    asked: Option<&Marker>,
+    liveness: Liveness,
+    home: &Path,
+) -> Result<PathBuf, DirectoryError> {
+    let answer = |other: &Marker| if Some(other) == asked { liveness } else { Liveness::Alive };
+    let claimed = directory::claim(parent, marker, answer)?;
+    // A pod whose pilot died has left its files in the home directory too, where they would be in the way of this one's.
+    if let Some(gone) = asked.filter(|_| liveness == Liveness::Gone) {
+        let aside = parent.join(directory::suffixed(&gone.name, &gone.uid));
+        if directory::read_marker(&aside).is_some_and(|found| found.uid == gone.uid)
+            && let Err(error) = directory::remove_home_files(&aside, home)
+        {
+            tracing::warn!(path = %aside.display(), %error, "files of a pod that is gone could not be removed");
+        }
+    }
+    Ok(claimed)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PrepareError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| PrepareError::Aborted(error.to_string()))
+    on_disk(work).await.map_err(|error| PrepareError::Aborted(error.to_string()))
 }
 
 fn marker(identity: &Identity, pod: &Pod) -> Marker {
@@ -244,28 +279,22 @@ fn marker(identity: &Identity, pod: &Pod) -> Marker {
         job: identity.job.clone(),
         host: identity.host.clone(),
         node: identity.node.clone(),
+        cluster: identity.cluster.clone(),
         pilot: identity.process.clone(),
     }
 }
 
-/// Whether the pod of another directory may still be alive: the API server knows for pods of a cluster, the process
-/// table for those of `play`.
+/// Whether the pod of another directory may still be alive.
 async fn liveness(context: &Context, other: &Marker) -> Liveness {
-    let process = &other.pilot;
-    let pilot_lives = other.host != context.identity.host
-        || (process.boot == context.identity.process.boot
-            && crate::container::process::start_time(process.pid) == Some(process.start));
-    match (&context.api, &other.node) {
-        (Api::Cluster(_), Some(_)) => {
-            match context.api.pod(&other.namespace, &other.name, &other.uid).await {
-                Ok(None) => Liveness::Gone,
-                // Alive, or nobody can say.
-                Ok(Some(_)) | Err(_) => Liveness::Alive,
-            }
-        }
-        _ if pilot_lives => Liveness::Alive,
-        _ => Liveness::Gone,
+    if directory::is_of_cluster(other, context.identity.cluster.as_deref()) {
+        return match context.api.pod(&other.namespace, &other.name, &other.uid).await {
+            Ok(None) => Liveness::Gone,
+            // Alive, or nobody can say.
+            Ok(Some(_)) | Err(_) => Liveness::Alive,
+        };
     }
+    let start = crate::container::process::start_time(other.pilot.pid);
+    directory::process_liveness(other, &context.identity.host, &context.identity.process.boot, start)
 }
 
 fn absolute(place: &Place, directory: &Path, container: &str, home: &Path) -> PathBuf {
@@ -285,9 +314,13 @@ fn container_dir(directory: &Path, container: &str) -> PathBuf {
 fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Result<(), PrepareError> {
     let fail = |path: &Path| {
         let path = path.to_owned();
-        move |source: io::Error| PrepareError::Write { path, source }
+        move |source: io::Error| match source.kind() {
+            io::ErrorKind::AlreadyExists => PrepareError::Occupied { path, source },
+            _ => PrepareError::Write { path, source },
+        }
     };
     let pod = files::Root::open(directory).map_err(fail(directory))?;
+    let list = directory.join(directory::HOME_FILES);
     let mut home_root = None;
     for plan in plans {
         let own = Path::new("containers").join(&plan.container);
@@ -312,18 +345,13 @@ fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Resu
             let root = root_for(file.place.root, &pod, &mut home_root, home)?;
             let path = beneath(&file.place);
             if file.place.root == Root::Home {
-                root.write_own(&path, &file.data, file.mode, &kept_list(directory)).map_err(fail(&at))?;
+                root.write_own(&path, &file.data, file.mode, &list).map_err(fail(&at))?;
             } else {
                 root.write(&path, &file.data, file.mode).map_err(fail(&at))?;
             }
         }
     }
     Ok(())
-}
-
-/// Where the files that a pod wrote into the home directory are listed, so that it may replace its own.
-fn kept_list(directory: &Path) -> PathBuf {
-    directory.join(".home-files")
 }
 
 fn root_for<'a>(

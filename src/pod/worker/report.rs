@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
 use super::{DELETE_RETRY, Note, Why, Worker};
+use crate::pod::context::on_disk;
 use crate::pod::directory;
 use crate::pod::outcome::Outcome;
 use crate::pod::status::{self, ContainerRuntime, Ending, State, StatusInput};
@@ -132,7 +133,8 @@ impl Worker {
         let uid = self.record.uid().to_owned();
         let kept = self.context.places.kept.clone();
         let path = found.clone();
-        let removed = tokio::task::spawn_blocking(move || directory::remove(&path, &uid, &kept)).await;
+        let home = self.context.places.home.clone();
+        let removed = on_disk(move || directory::remove(&path, &uid, &kept, Some(&home))).await;
         if let Ok(Err(error)) = removed {
             tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
             return None;
