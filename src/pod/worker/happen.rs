@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::run::{Order, Told};
 use super::state::{ended, is_over, timestamp, unknown_end, waiting};
-use super::{ANNOUNCE_AFTER, Command, DEFAULT_GRACE, FORCED_GRACE, Stop, Why, Worker, deletion_grace};
+use super::{ANNOUNCE_AFTER, Command, FORCED_GRACE, Stop, Why, Worker, deletion_grace, own_grace};
 use crate::container::Event;
 use crate::pod::backoff::{self, Next};
 use crate::pod::events::Kind;
@@ -28,9 +28,7 @@ impl Worker {
             }
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
             Command::Shutdown(grace) => {
-                let own = self.record.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
-                let own = own.map_or(DEFAULT_GRACE, |s| Duration::from_secs(u64::try_from(s).unwrap_or(0)));
-                self.stop_for(Why::Shutdown, grace.min(own));
+                self.stop_for(Why::Shutdown, grace.min(own_grace(&self.record.pod)));
             }
         }
     }

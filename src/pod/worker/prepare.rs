@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
@@ -387,7 +386,6 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
-    let grace = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
     Ok(ContainerSpec {
         argv,
         env: env.vars,
@@ -399,7 +397,7 @@ pub fn spec(
         oom_score_adj: Some(OOM_SCORE_ADJ),
         orphan_timeout: context.policy.orphan_timeout,
         drain_at: drain,
-        grace: Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
+        grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
     })
 }
