@@ -153,6 +153,7 @@ pub fn spawn(setup: Setup) -> Manager {
         context: setup.context,
         facts: setup.facts,
         notes_tx,
+        notes,
         pods: HashMap::new(),
         refused: BTreeSet::new(),
         owners: BTreeMap::new(),
@@ -164,7 +165,7 @@ pub fn spawn(setup: Setup) -> Manager {
         listed: false,
         counts: counts_tx,
     };
-    tokio::spawn(state.run(setup.pods, requests, notes, setup.recovered));
+    tokio::spawn(state.run(setup.pods, requests, setup.recovered));
     Manager { requests: requests_tx, counts }
 }
 
@@ -181,6 +182,7 @@ struct State {
     context: Arc<Context>,
     facts: watch::Receiver<NodeFacts>,
     notes_tx: mpsc::Sender<Note>,
+    notes: mpsc::Receiver<Note>,
     pods: HashMap<String, Entry>,
     refused: BTreeSet<String>,
     owners: BTreeMap<String, Refusals>,
@@ -203,7 +205,6 @@ impl State {
         mut self,
         mut pods: mpsc::Receiver<PodEvent>,
         mut requests: mpsc::Receiver<Request>,
-        mut notes: mpsc::Receiver<Note>,
         recovered: Vec<Recovered>,
     ) {
         for (record, supervisors) in recovered {
@@ -216,7 +217,7 @@ impl State {
                     Some(request) => self.on_request(request).await,
                     None => return,
                 },
-                Some(note) = notes.recv() => self.on_note(note),
+                Some(note) = self.notes.recv() => self.on_note(note),
                 event = pods.recv() => match event {
                     Some(event) => self.on_pod(event).await,
                     None => std::future::pending().await,
@@ -237,6 +238,25 @@ impl State {
         self.counts.send_if_modified(|old| std::mem::replace(old, counts) != counts);
     }
 
+    /// Tells a worker. A worker that must make room first may itself wait until a note of its own is taken, so notes are
+    /// taken meanwhile.
+    async fn tell(&mut self, uid: &str, command: Command) {
+        let Some(commands) = self.pods.get(uid).map(|entry| entry.commands.clone()) else { return };
+        loop {
+            tokio::select! {
+                biased;
+                room = commands.reserve() => {
+                    // Without room the worker is gone.
+                    if let Ok(room) = room {
+                        room.send(command);
+                    }
+                    return;
+                }
+                Some(note) = self.notes.recv() => self.on_note(note),
+            }
+        }
+    }
+
     async fn on_request(&mut self, request: Request) {
         match request {
             Request::Gate(gate) => {
@@ -249,8 +269,8 @@ impl State {
             }
             Request::Shutdown { grace } => {
                 self.shutdown = Some(Instant::now() + grace);
-                for entry in self.pods.values().filter(|e| !e.ended) {
-                    let _ = entry.commands.send(Command::Shutdown(grace)).await;
+                for uid in self.uids(|_, entry| !entry.ended) {
+                    self.tell(&uid, Command::Shutdown(grace)).await;
                 }
             }
             Request::Outcomes { late, answer } => {
@@ -265,6 +285,10 @@ impl State {
         }
     }
 
+    fn uids(&self, wanted: impl Fn(&str, &Entry) -> bool) -> Vec<String> {
+        self.pods.iter().filter(|(uid, entry)| wanted(uid, entry)).map(|(uid, _)| uid.clone()).collect()
+    }
+
     fn on_note(&mut self, note: Note) {
         match note {
             Note::Ended(uid, outcome) => {
@@ -277,21 +301,34 @@ impl State {
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     (entry.ended, entry.reported) = (true, true);
                     entry.outcome = None;
-                    let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
-                    self.context.events.record(&entry.pod, None, kind, ENDED, &outcome.summary());
+                    let pod = entry.pod.clone();
+                    self.ended_event(&pod, &outcome);
                 }
                 self.remember(*outcome);
             }
             Note::Finished(uid, outcome) => {
-                self.pods.remove(&uid);
-                if let Some(outcome) = outcome {
-                    self.keep(&outcome);
-                    if let Some(old) = self.outcomes.iter_mut().find(|old| old.uid == uid) {
-                        *old = *outcome;
+                let entry = self.pods.remove(&uid);
+                let Some(outcome) = outcome else { return };
+                match entry {
+                    // Its object went before its end could be reported, so nothing of it was told yet.
+                    Some(entry) if !entry.reported => {
+                        self.ended_event(&entry.pod, &outcome);
+                        self.remember(*outcome);
+                    }
+                    _ => {
+                        self.keep(&outcome);
+                        if let Some(old) = self.outcomes.iter_mut().find(|old| old.uid == uid) {
+                            *old = *outcome;
+                        }
                     }
                 }
             }
         }
+    }
+
+    fn ended_event(&self, pod: &Pod, outcome: &Outcome) {
+        let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
+        self.context.events.record(pod, None, kind, ENDED, &outcome.summary());
     }
 
     fn remember(&mut self, outcome: Outcome) {
@@ -328,7 +365,7 @@ impl State {
                 let uid = pod.metadata.uid.clone().unwrap_or_default();
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     entry.pod.clone_from(&pod);
-                    let _ = entry.commands.send(Command::Update(pod)).await;
+                    self.tell(&uid, Command::Update(pod)).await;
                 } else {
                     self.arrived(*pod);
                 }
@@ -336,18 +373,14 @@ impl State {
             PodEvent::Deleted(uid) => {
                 self.refused.remove(&uid);
                 self.held.retain(|pod| pod.metadata.uid.as_deref() != Some(&uid));
-                if let Some(entry) = self.pods.get(&uid) {
-                    let _ = entry.commands.send(Command::Gone).await;
-                }
+                self.tell(&uid, Command::Gone).await;
             }
             PodEvent::Listed(all) => {
                 self.listed = true;
                 self.refused.retain(|uid| all.contains(uid));
                 self.held.retain(|pod| pod.metadata.uid.as_ref().is_some_and(|uid| all.contains(uid)));
-                for (uid, entry) in &self.pods {
-                    if !all.contains(uid) {
-                        let _ = entry.commands.send(Command::Gone).await;
-                    }
+                for uid in self.uids(|uid, _| !all.contains(uid)) {
+                    self.tell(&uid, Command::Gone).await;
                 }
             }
         }

@@ -146,6 +146,8 @@ struct Worker {
     delete_at: Option<Instant>,
     complaint: Option<String>,
     ended: bool,
+    /// The manager knows that it has ended.
+    ended_told: bool,
     reported: bool,
 }
 
@@ -188,6 +190,7 @@ impl Worker {
             delete_at: None,
             complaint: None,
             ended: false,
+            ended_told: false,
             reported: false,
         }
     }
