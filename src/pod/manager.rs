@@ -3,20 +3,23 @@
 //! [`spawn`] starts the manager and returns its [`Manager`] handle. It alone decides on admission, one pod after
 //! another, so that no resource is promised twice.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+mod closing;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::Context;
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
-use super::publisher::Publisher;
 use super::record::Record;
 use super::source::PodEvent;
 use super::status::{
@@ -33,6 +36,12 @@ const NOTES: usize = 256;
 
 /// Pods that wait while the cordon is being acknowledged. The scheduler binds some hundred a second at most.
 const HELD: usize = 1000;
+
+/// Outcomes whose files may be under way at once; more wait only for a file system that hangs.
+const WRITES: usize = REMEMBERED;
+
+/// How long the last summary waits for the files of outcomes: the process ends right after it.
+const WRITES_LIMIT: Duration = Duration::from_millis(500);
 
 /// Owners whose rejections are remembered. The one forgotten starts anew with no delay.
 const OWNERS: usize = 1000;
@@ -155,11 +164,12 @@ pub fn spawn(setup: Setup) -> Manager {
         notes_tx,
         notes,
         pods: HashMap::new(),
-        refused: BTreeSet::new(),
+        refused: HashMap::new(),
         owners: BTreeMap::new(),
         gate: Gate::Open,
         held: VecDeque::new(),
         outcomes: VecDeque::new(),
+        writes: HashMap::new(),
         forgotten: 0,
         shutdown: None,
         listed: false,
@@ -184,11 +194,14 @@ struct State {
     notes_tx: mpsc::Sender<Note>,
     notes: mpsc::Receiver<Note>,
     pods: HashMap<String, Entry>,
-    refused: BTreeSet<String>,
+    /// Pods that never ran here, by uid; what is sent says whether the pod is deleted, and dropping it that it is gone.
+    refused: HashMap<String, watch::Sender<bool>>,
     owners: BTreeMap<String, Refusals>,
     gate: Gate,
     held: VecDeque<Pod>,
     outcomes: VecDeque<Outcome>,
+    /// Outcomes' files that are being written, by uid.
+    writes: HashMap<String, JoinHandle<()>>,
     forgotten: u64,
     shutdown: Option<Instant>,
     listed: bool,
@@ -274,13 +287,26 @@ impl State {
                 }
             }
             Request::Outcomes { late, answer } => {
-                let unreported = self.pods.values().filter_map(|entry| entry.outcome.clone());
-                let running =
-                    self.pods.values().filter(|entry| !entry.ended).map(|entry| Outcome::running(&entry.pod));
-                let late: Vec<Outcome> = unreported.chain(running).filter(|_| late).collect();
-                late.iter().for_each(|outcome| self.keep(outcome));
-                let outcomes = self.outcomes.iter().cloned().chain(late).collect();
-                let _ = answer.send(Summary { outcomes, forgotten: self.forgotten });
+                let mut outcomes: Vec<Outcome> = self.outcomes.iter().cloned().collect();
+                let forgotten = self.forgotten;
+                if !late {
+                    let _ = answer.send(Summary { outcomes, forgotten });
+                    return;
+                }
+                let running = self.pods.values().filter(|entry| !entry.ended);
+                let running: Vec<Outcome> = running.map(|entry| Outcome::running(&entry.pod)).collect();
+                running.iter().for_each(|outcome| self.keep(outcome));
+                outcomes.extend(self.pods.values().filter_map(|entry| entry.outcome.clone()));
+                outcomes.extend(running);
+                let writes = join_all(std::mem::take(&mut self.writes).into_values());
+                tokio::spawn(async move {
+                    if tokio::time::timeout(WRITES_LIMIT, writes).await.is_err() {
+                        tracing::warn!(
+                            "not all outcomes could be written as files in time; the table has them"
+                        );
+                    }
+                    let _ = answer.send(Summary { outcomes, forgotten });
+                });
             }
         }
     }
@@ -292,6 +318,8 @@ impl State {
     fn on_note(&mut self, note: Note) {
         match note {
             Note::Ended(uid, outcome) => {
+                // Kept at once: a pilot that is killed before the status is acknowledged leaves the file.
+                self.keep(&outcome);
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     entry.ended = true;
                     entry.outcome = Some(*outcome);
@@ -348,15 +376,29 @@ impl State {
     }
 
     /// Writes an outcome beside the kept logs.
-    fn keep(&self, outcome: &Outcome) {
+    fn keep(&mut self, outcome: &Outcome) {
         let kept = self.context.places.kept.clone();
         let file = outcome.clone();
+        self.writes.retain(|_, write| !write.is_finished());
+        if self.writes.len() >= WRITES && !self.writes.contains_key(&outcome.uid) {
+            tracing::warn!(pod = file.name, path = %kept.display(), "the pod's outcome is not kept as a file: too many wait to be written");
+            return;
+        }
+        let before = self.writes.remove(&outcome.uid);
         // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = file.keep(&kept) {
-                tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
+        let write = tokio::spawn(async move {
+            // The newer one of the same pod must come last.
+            if let Some(before) = before {
+                let _ = before.await;
             }
+            let written = tokio::task::spawn_blocking(move || {
+                if let Err(error) = file.keep(&kept) {
+                    tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
+                }
+            });
+            let _ = written.await;
         });
+        self.writes.insert(outcome.uid.clone(), write);
     }
 
     async fn on_pod(&mut self, event: PodEvent) {
@@ -377,7 +419,7 @@ impl State {
             }
             PodEvent::Listed(all) => {
                 self.listed = true;
-                self.refused.retain(|uid| all.contains(uid));
+                self.refused.retain(|uid, _| all.contains(uid));
                 self.held.retain(|pod| pod.metadata.uid.as_ref().is_some_and(|uid| all.contains(uid)));
                 for uid in self.uids(|uid, _| !all.contains(uid)) {
                     self.tell(&uid, Command::Gone).await;
@@ -389,27 +431,39 @@ impl State {
     /// A pod that is not ours yet.
     fn arrived(&mut self, pod: Pod) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
-        if self.refused.contains(&uid) || self.pods.contains_key(&uid) {
+        let deleted = pod.metadata.deletion_timestamp.is_some();
+        if let Some(refused) = self.refused.get(&uid) {
+            refused.send_if_modified(|known| deleted && !std::mem::replace(known, true));
             return;
         }
-        let deleted = pod.metadata.deletion_timestamp.is_some();
+        if self.pods.contains_key(&uid) {
+            return;
+        }
         let terminal = pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(is_terminal);
         if terminal {
             if deleted {
-                self.delete(pod);
+                self.close(pod, None, Duration::ZERO);
             }
-            return;
-        }
-        if deleted {
-            // It never started here, so there is nothing to end.
-            self.delete(pod);
             return;
         }
         if was_started(&pod) {
             self.lost(pod);
             return;
         }
+        if deleted {
+            // It never started here, so there is nothing to end. A Job counts it by its final status.
+            let status = self.final_status(&pod, &Ending::Deleted, &[]);
+            self.close(pod, Some(status), Duration::ZERO);
+            return;
+        }
         match self.gate {
+            Gate::Holding
+                if let Some(known) =
+                    self.held.iter_mut().find(|held| held.metadata.uid == pod.metadata.uid) =>
+            {
+                *known = pod;
+                return;
+            }
             Gate::Holding if self.held.len() < HELD => {
                 self.held.push_back(pod);
                 return;
@@ -452,9 +506,7 @@ impl State {
 
     /// Refuses a pod, the later the more of its owner's pods were refused.
     fn refuse(&mut self, pod: Pod, rejection: Rejection) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
         let delay = self.refusal_delay(&pod, Instant::now());
-        self.refused.insert(uid);
         tracing::warn!(
             namespace = pod.metadata.namespace,
             pod = pod.metadata.name,
@@ -466,7 +518,7 @@ impl State {
         self.context.events.record(&pod, None, Kind::Warning, &rejection.reason, &rejection.message);
         let ending = Ending::Rejected { reason: rejection.reason, message: rejection.message };
         let status = self.final_status(&pod, &ending, &[]);
-        self.report(pod, status, delay);
+        self.close(pod, Some(status), delay);
     }
 
     fn refusal_delay(&mut self, pod: &Pod, now: Instant) -> Duration {
@@ -486,8 +538,6 @@ impl State {
 
     /// A pod that somebody started here and that this pilot knows nothing of: it is not started a second time.
     fn lost(&mut self, pod: Pod) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
-        self.refused.insert(uid);
         let message =
             "The container could not be located: the pilot that had started it is gone with its state";
         tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
@@ -525,7 +575,7 @@ impl State {
             })
             .collect();
         let status = self.final_status(&pod, &Ending::Deleted, &containers);
-        self.report(pod, status, Duration::ZERO);
+        self.close(pod, Some(status), Duration::ZERO);
     }
 
     fn final_status(&self, pod: &Pod, ending: &Ending, containers: &[ContainerRuntime]) -> PodStatus {
@@ -543,29 +593,13 @@ impl State {
         })
     }
 
-    fn report(&self, pod: Pod, status: PodStatus, delay: Duration) {
-        let context = Arc::clone(&self.context);
-        tokio::spawn(async move {
-            tokio::time::sleep(delay).await;
-            let mut publisher = Publisher::spawn(context.api.clone(), pod.clone(), context.draining.clone());
-            publisher.publish(status);
-            while !publisher.is_acknowledged() && publisher.state().refused.is_none() {
-                publisher.changed().await;
-            }
-        });
-    }
-
-    fn delete(&mut self, pod: Pod) {
-        let context = Arc::clone(&self.context);
+    /// Ends a pod that does not run here: its final status after `delay`, and its deletion once somebody asks for that.
+    fn close(&mut self, pod: Pod, status: Option<PodStatus>, delay: Duration) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
-        self.refused.insert(uid.clone());
-        tokio::spawn(async move {
-            let part = |text: Option<String>| text.unwrap_or_default();
-            let (namespace, name) = (part(pod.metadata.namespace), part(pod.metadata.name));
-            if let Err(error) = context.api.delete(&namespace, &name, &uid).await {
-                tracing::warn!(namespace, pod = name, %error, "a pod that is over could not be deleted");
-            }
-        });
+        let (deleted, deleted_rx) = watch::channel(pod.metadata.deletion_timestamp.is_some());
+        self.refused.insert(uid, deleted);
+        let (api, draining) = (self.context.api.clone(), self.context.draining.clone());
+        tokio::spawn(closing::close(api, pod, status.map(|status| (status, delay)), draining, deleted_rx));
     }
 }
 
