@@ -36,10 +36,18 @@ impl Worker {
     pub(super) fn on_told(&mut self, (index, restart, event): Told) {
         let name = self.containers[index].name.clone();
         let id = container_id(self.record.uid(), &name, restart);
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
-        if record.restart != restart {
+        if self.record.containers.get(&name).is_none_or(|record| record.restart != restart) {
             return;
         }
+        let over = matches!(event, Event::Ended(_) | Event::StartFailed(_) | Event::Lost { .. });
+        if over && self.stop.is_none() && *self.context.draining.borrow() {
+            // The end that was held back is let go by the same drain whose command is still on its way; that one
+            // shortens the grace of the containers that are left. This one needs no order.
+            let run = self.containers[index].run.take();
+            self.stop_for(Why::Shutdown, own_grace(&self.record.pod));
+            self.containers[index].run = run;
+        }
+        let Some(record) = self.record.containers.get_mut(&name) else { return };
         let (state, kind, reason, message) = match event {
             Event::Started { at, .. } => {
                 record.state = State::Running { started_at: timestamp(at), id };
