@@ -95,9 +95,13 @@ impl SpecError {
         }
     }
 
-    /// Whether an object that appears could mend it.
+    /// Whether an object that appears or changes could mend it.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Config(_))
+        match self {
+            // The files come from ConfigMaps and Secrets; the names from the pod, whose change is seen.
+            Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
+            Self::Image(ImageError::NoMount { .. }) => false,
+        }
     }
 }
 
@@ -400,4 +404,23 @@ pub fn spec(
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_that_is_not_there_yet_is_looked_for_again_and_a_wrong_name_is_not() {
+        let text = || "a".to_owned();
+        let table = [
+            (ImageError::NoFile { image: text(), mount: text(), file: text(), present: text() }, true),
+            (ImageError::NoScript { image: text(), mount: text(), present: text() }, true),
+            (ImageError::NoMount { image: text(), accepted: text() }, false),
+        ];
+        for (error, wanted) in table {
+            let error = SpecError::from(error);
+            assert_eq!(error.may_pass(), wanted, "{error}");
+        }
+    }
 }
