@@ -213,10 +213,12 @@ async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, 
 /// The pod's directory: the known one after a restart, else a new one.
 async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<PathBuf, PrepareError> {
     let marker = marker(&context.identity, pod);
-    if let Some(known) =
-        known.filter(|path| directory::read_marker(path).is_some_and(|m| m.uid == marker.uid))
-    {
-        return Ok(known);
+    if let Some(known) = known {
+        let uid = marker.uid.clone();
+        let ours = move || directory::read_marker(&known).filter(|m| m.uid == uid).map(|_| known);
+        if let Some(known) = blocking(ours).await? {
+            return Ok(known);
+        }
     }
     let parent = context.places.parent(&marker.namespace);
     let plain = parent.join(&marker.name);
