@@ -3,20 +3,23 @@
 //! [`spawn`] starts the manager and returns its [`Manager`] handle. It alone decides on admission, one pod after
 //! another, so that no resource is promised twice.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+mod closing;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::{Context, on_disk};
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
-use super::publisher::Publisher;
 use super::record::Record;
 use super::source::PodEvent;
 use super::status::{
@@ -33,6 +36,12 @@ const NOTES: usize = 256;
 
 /// Pods that wait while the cordon is being acknowledged. The scheduler binds some hundred a second at most.
 const HELD: usize = 1000;
+
+/// Outcomes whose files may be under way at once; more wait only for a file system that hangs.
+const WRITES: usize = REMEMBERED;
+
+/// How long the last summary waits for the files of outcomes: the process ends right after it.
+const WRITES_LIMIT: Duration = Duration::from_millis(500);
 
 /// Owners whose rejections are remembered. The one forgotten starts anew with no delay.
 const OWNERS: usize = 1000;
@@ -153,18 +162,20 @@ pub fn spawn(setup: Setup) -> Manager {
         context: setup.context,
         facts: setup.facts,
         notes_tx,
+        notes,
         pods: HashMap::new(),
-        refused: BTreeSet::new(),
+        refused: HashMap::new(),
         owners: BTreeMap::new(),
         gate: Gate::Open,
         held: VecDeque::new(),
         outcomes: VecDeque::new(),
+        writes: HashMap::new(),
         forgotten: 0,
         shutdown: None,
         listed: false,
         counts: counts_tx,
     };
-    tokio::spawn(state.run(setup.pods, requests, notes, setup.recovered));
+    tokio::spawn(state.run(setup.pods, requests, setup.recovered));
     Manager { requests: requests_tx, counts }
 }
 
@@ -181,12 +192,16 @@ struct State {
     context: Arc<Context>,
     facts: watch::Receiver<NodeFacts>,
     notes_tx: mpsc::Sender<Note>,
+    notes: mpsc::Receiver<Note>,
     pods: HashMap<String, Entry>,
-    refused: BTreeSet<String>,
+    /// Pods that never ran here, by uid; what is sent says whether the pod is deleted, and dropping it that it is gone.
+    refused: HashMap<String, watch::Sender<bool>>,
     owners: BTreeMap<String, Refusals>,
     gate: Gate,
     held: VecDeque<Pod>,
     outcomes: VecDeque<Outcome>,
+    /// Outcomes' files that are being written, by uid.
+    writes: HashMap<String, JoinHandle<()>>,
     forgotten: u64,
     shutdown: Option<Instant>,
     listed: bool,
@@ -203,7 +218,6 @@ impl State {
         mut self,
         mut pods: mpsc::Receiver<PodEvent>,
         mut requests: mpsc::Receiver<Request>,
-        mut notes: mpsc::Receiver<Note>,
         recovered: Vec<Recovered>,
     ) {
         for (record, supervisors) in recovered {
@@ -216,7 +230,7 @@ impl State {
                     Some(request) => self.on_request(request).await,
                     None => return,
                 },
-                Some(note) = notes.recv() => self.on_note(note),
+                Some(note) = self.notes.recv() => self.on_note(note),
                 event = pods.recv() => match event {
                     Some(event) => self.on_pod(event).await,
                     None => std::future::pending().await,
@@ -237,6 +251,25 @@ impl State {
         self.counts.send_if_modified(|old| std::mem::replace(old, counts) != counts);
     }
 
+    /// Tells a worker. A worker that must make room first may itself wait until a note of its own is taken, so notes are
+    /// taken meanwhile.
+    async fn tell(&mut self, uid: &str, command: Command) {
+        let Some(commands) = self.pods.get(uid).map(|entry| entry.commands.clone()) else { return };
+        loop {
+            tokio::select! {
+                biased;
+                room = commands.reserve() => {
+                    // Without room the worker is gone.
+                    if let Ok(room) = room {
+                        room.send(command);
+                    }
+                    return;
+                }
+                Some(note) = self.notes.recv() => self.on_note(note),
+            }
+        }
+    }
+
     async fn on_request(&mut self, request: Request) {
         match request {
             Request::Gate(gate) => {
@@ -249,25 +282,44 @@ impl State {
             }
             Request::Shutdown { grace } => {
                 self.shutdown = Some(Instant::now() + grace);
-                for entry in self.pods.values().filter(|e| !e.ended) {
-                    let _ = entry.commands.send(Command::Shutdown(grace)).await;
+                for uid in self.uids(|_, entry| !entry.ended) {
+                    self.tell(&uid, Command::Shutdown(grace)).await;
                 }
             }
             Request::Outcomes { late, answer } => {
-                let unreported = self.pods.values().filter_map(|entry| entry.outcome.clone());
-                let running =
-                    self.pods.values().filter(|entry| !entry.ended).map(|entry| Outcome::running(&entry.pod));
-                let late: Vec<Outcome> = unreported.chain(running).filter(|_| late).collect();
-                late.iter().for_each(|outcome| self.keep(outcome));
-                let outcomes = self.outcomes.iter().cloned().chain(late).collect();
-                let _ = answer.send(Summary { outcomes, forgotten: self.forgotten });
+                let mut outcomes: Vec<Outcome> = self.outcomes.iter().cloned().collect();
+                let forgotten = self.forgotten;
+                if !late {
+                    let _ = answer.send(Summary { outcomes, forgotten });
+                    return;
+                }
+                let running = self.pods.values().filter(|entry| !entry.ended);
+                let running: Vec<Outcome> = running.map(|entry| Outcome::running(&entry.pod)).collect();
+                running.iter().for_each(|outcome| self.keep(outcome));
+                outcomes.extend(self.pods.values().filter_map(|entry| entry.outcome.clone()));
+                outcomes.extend(running);
+                let writes = join_all(std::mem::take(&mut self.writes).into_values());
+                tokio::spawn(async move {
+                    if tokio::time::timeout(WRITES_LIMIT, writes).await.is_err() {
+                        tracing::warn!(
+                            "not all outcomes could be written as files in time; the table has them"
+                        );
+                    }
+                    let _ = answer.send(Summary { outcomes, forgotten });
+                });
             }
         }
+    }
+
+    fn uids(&self, wanted: impl Fn(&str, &Entry) -> bool) -> Vec<String> {
+        self.pods.iter().filter(|(uid, entry)| wanted(uid, entry)).map(|(uid, _)| uid.clone()).collect()
     }
 
     fn on_note(&mut self, note: Note) {
         match note {
             Note::Ended(uid, outcome) => {
+                // Kept at once: a pilot that is killed before the status is acknowledged leaves the file.
+                self.keep(&outcome);
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     entry.ended = true;
                     entry.outcome = Some(*outcome);
@@ -277,21 +329,34 @@ impl State {
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     (entry.ended, entry.reported) = (true, true);
                     entry.outcome = None;
-                    let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
-                    self.context.events.record(&entry.pod, None, kind, ENDED, &outcome.summary());
+                    let pod = entry.pod.clone();
+                    self.ended_event(&pod, &outcome);
                 }
                 self.remember(*outcome);
             }
             Note::Finished(uid, outcome) => {
-                self.pods.remove(&uid);
-                if let Some(outcome) = outcome {
-                    self.keep(&outcome);
-                    if let Some(old) = self.outcomes.iter_mut().find(|old| old.uid == uid) {
-                        *old = *outcome;
+                let entry = self.pods.remove(&uid);
+                let Some(outcome) = outcome else { return };
+                match entry {
+                    // Its object went before its end could be reported, so nothing of it was told yet.
+                    Some(entry) if !entry.reported => {
+                        self.ended_event(&entry.pod, &outcome);
+                        self.remember(*outcome);
+                    }
+                    _ => {
+                        self.keep(&outcome);
+                        if let Some(old) = self.outcomes.iter_mut().find(|old| old.uid == uid) {
+                            *old = *outcome;
+                        }
                     }
                 }
             }
         }
+    }
+
+    fn ended_event(&self, pod: &Pod, outcome: &Outcome) {
+        let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
+        self.context.events.record(pod, None, kind, ENDED, &outcome.summary());
     }
 
     fn remember(&mut self, outcome: Outcome) {
@@ -311,15 +376,29 @@ impl State {
     }
 
     /// Writes an outcome beside the kept logs.
-    fn keep(&self, outcome: &Outcome) {
+    fn keep(&mut self, outcome: &Outcome) {
         let kept = self.context.places.kept.clone();
         let file = outcome.clone();
+        self.writes.retain(|_, write| !write.is_finished());
+        if self.writes.len() >= WRITES && !self.writes.contains_key(&outcome.uid) {
+            tracing::warn!(pod = file.name, path = %kept.display(), "the pod's outcome is not kept as a file: too many wait to be written");
+            return;
+        }
+        let before = self.writes.remove(&outcome.uid);
         // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
-        tokio::spawn(on_disk(move || {
-            if let Err(error) = file.keep(&kept) {
-                tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
+        let write = tokio::spawn(async move {
+            // The newer one of the same pod must come last.
+            if let Some(before) = before {
+                let _ = before.await;
             }
-        }));
+            let written = on_disk(move || {
+                if let Err(error) = file.keep(&kept) {
+                    tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
+                }
+            });
+            let _ = written.await;
+        });
+        self.writes.insert(outcome.uid.clone(), write);
     }
 
     async fn on_pod(&mut self, event: PodEvent) {
@@ -328,7 +407,7 @@ impl State {
                 let uid = pod.metadata.uid.clone().unwrap_or_default();
                 if let Some(entry) = self.pods.get_mut(&uid) {
                     entry.pod.clone_from(&pod);
-                    let _ = entry.commands.send(Command::Update(pod)).await;
+                    self.tell(&uid, Command::Update(pod)).await;
                 } else {
                     self.arrived(*pod);
                 }
@@ -336,18 +415,14 @@ impl State {
             PodEvent::Deleted(uid) => {
                 self.refused.remove(&uid);
                 self.held.retain(|pod| pod.metadata.uid.as_deref() != Some(&uid));
-                if let Some(entry) = self.pods.get(&uid) {
-                    let _ = entry.commands.send(Command::Gone).await;
-                }
+                self.tell(&uid, Command::Gone).await;
             }
             PodEvent::Listed(all) => {
                 self.listed = true;
-                self.refused.retain(|uid| all.contains(uid));
+                self.refused.retain(|uid, _| all.contains(uid));
                 self.held.retain(|pod| pod.metadata.uid.as_ref().is_some_and(|uid| all.contains(uid)));
-                for (uid, entry) in &self.pods {
-                    if !all.contains(uid) {
-                        let _ = entry.commands.send(Command::Gone).await;
-                    }
+                for uid in self.uids(|uid, _| !all.contains(uid)) {
+                    self.tell(&uid, Command::Gone).await;
                 }
             }
         }
@@ -356,27 +431,39 @@ impl State {
     /// A pod that is not ours yet.
     fn arrived(&mut self, pod: Pod) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
-        if self.refused.contains(&uid) || self.pods.contains_key(&uid) {
+        let deleted = pod.metadata.deletion_timestamp.is_some();
+        if let Some(refused) = self.refused.get(&uid) {
+            refused.send_if_modified(|known| deleted && !std::mem::replace(known, true));
             return;
         }
-        let deleted = pod.metadata.deletion_timestamp.is_some();
+        if self.pods.contains_key(&uid) {
+            return;
+        }
         let terminal = pod.status.as_ref().and_then(|s| s.phase.as_deref()).is_some_and(is_terminal);
         if terminal {
             if deleted {
-                self.delete(pod);
+                self.close(pod, None, Duration::ZERO);
             }
-            return;
-        }
-        if deleted {
-            // It never started here, so there is nothing to end.
-            self.delete(pod);
             return;
         }
         if was_started(&pod) {
             self.lost(pod);
             return;
         }
+        if deleted {
+            // It never started here, so there is nothing to end. A Job counts it by its final status.
+            let status = self.final_status(&pod, &Ending::Deleted, &[]);
+            self.close(pod, Some(status), Duration::ZERO);
+            return;
+        }
         match self.gate {
+            Gate::Holding
+                if let Some(known) =
+                    self.held.iter_mut().find(|held| held.metadata.uid == pod.metadata.uid) =>
+            {
+                *known = pod;
+                return;
+            }
             Gate::Holding if self.held.len() < HELD => {
                 self.held.push_back(pod);
                 return;
@@ -419,9 +506,7 @@ impl State {
 
     /// Refuses a pod, the later the more of its owner's pods were refused.
     fn refuse(&mut self, pod: Pod, rejection: Rejection) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
         let delay = self.refusal_delay(&pod, Instant::now());
-        self.refused.insert(uid);
         tracing::warn!(
             namespace = pod.metadata.namespace,
             pod = pod.metadata.name,
@@ -433,7 +518,7 @@ impl State {
         self.context.events.record(&pod, None, Kind::Warning, &rejection.reason, &rejection.message);
         let ending = Ending::Rejected { reason: rejection.reason, message: rejection.message };
         let status = self.final_status(&pod, &ending, &[]);
-        self.report(pod, status, delay);
+        self.close(pod, Some(status), delay);
     }
 
     fn refusal_delay(&mut self, pod: &Pod, now: Instant) -> Duration {
@@ -453,8 +538,6 @@ impl State {
 
     /// A pod that somebody started here and that this pilot knows nothing of: it is not started a second time.
     fn lost(&mut self, pod: Pod) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
-        self.refused.insert(uid);
         let message =
             "The container could not be located: the pilot that had started it is gone with its state";
         tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
@@ -492,7 +575,7 @@ impl State {
             })
             .collect();
         let status = self.final_status(&pod, &Ending::Deleted, &containers);
-        self.report(pod, status, Duration::ZERO);
+        self.close(pod, Some(status), Duration::ZERO);
     }
 
     fn final_status(&self, pod: &Pod, ending: &Ending, containers: &[ContainerRuntime]) -> PodStatus {
@@ -510,29 +593,13 @@ impl State {
         })
     }
 
-    fn report(&self, pod: Pod, status: PodStatus, delay: Duration) {
-        let context = Arc::clone(&self.context);
-        tokio::spawn(async move {
-            tokio::time::sleep(delay).await;
-            let mut publisher = Publisher::spawn(context.api.clone(), pod.clone(), context.draining.clone());
-            publisher.publish(status);
-            while !publisher.is_acknowledged() && publisher.state().refused.is_none() {
-                publisher.changed().await;
-            }
-        });
-    }
-
-    fn delete(&mut self, pod: Pod) {
-        let context = Arc::clone(&self.context);
+    /// Ends a pod that does not run here: its final status after `delay`, and its deletion once somebody asks for that.
+    fn close(&mut self, pod: Pod, status: Option<PodStatus>, delay: Duration) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
-        self.refused.insert(uid.clone());
-        tokio::spawn(async move {
-            let part = |text: Option<String>| text.unwrap_or_default();
-            let (namespace, name) = (part(pod.metadata.namespace), part(pod.metadata.name));
-            if let Err(error) = context.api.delete(&namespace, &name, &uid).await {
-                tracing::warn!(namespace, pod = name, %error, "a pod that is over could not be deleted");
-            }
-        });
+        let (deleted, deleted_rx) = watch::channel(pod.metadata.deletion_timestamp.is_some());
+        self.refused.insert(uid, deleted);
+        let (api, draining) = (self.context.api.clone(), self.context.draining.clone());
+        tokio::spawn(closing::close(api, pod, status.map(|status| (status, delay)), draining, deleted_rx));
     }
 }
 

@@ -203,6 +203,7 @@ pub fn default_state_dir(env: &Environment) -> PathBuf {
 
 /// All that comes before the Node: nothing of it is seen by anybody, so it may be broken off.
 pub struct Ready {
+    url: String,
     client: kube::Client,
     allocation: Allocation,
     env: Environment,
@@ -300,6 +301,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     };
     let holds = Holds { _lock: lock, _port: port };
     Ok(Ready {
+        url: kube.url(),
         client,
         allocation,
         env,
@@ -361,7 +363,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         records: ready.records,
         identity: Identity {
             node: Some(name.clone()),
-            cluster: Some(kube.url()),
+            cluster: Some(ready.url),
             ip,
             host: allocation.host.clone(),
             job: allocation.job_id.as_ref().map(|j| j.value.clone()),

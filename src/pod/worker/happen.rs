@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::run::{Order, Told};
 use super::state::{ended, is_over, timestamp, unknown_end, waiting};
-use super::{ANNOUNCE_AFTER, Command, DEFAULT_GRACE, FORCED_GRACE, Stop, Why, Worker, deletion_grace};
+use super::{ANNOUNCE_AFTER, Command, FORCED_GRACE, Stop, Why, Worker, deletion_grace, own_grace};
 use crate::container::Event;
 use crate::pod::backoff::{self, Next};
 use crate::pod::events::Kind;
@@ -28,9 +28,7 @@ impl Worker {
             }
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
             Command::Shutdown(grace) => {
-                let own = self.record.pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
-                let own = own.map_or(DEFAULT_GRACE, |s| Duration::from_secs(u64::try_from(s).unwrap_or(0)));
-                self.stop_for(Why::Shutdown, grace.min(own));
+                self.stop_for(Why::Shutdown, grace.min(own_grace(&self.record.pod)));
             }
         }
     }
@@ -38,10 +36,18 @@ impl Worker {
     pub(super) fn on_told(&mut self, (index, restart, event): Told) {
         let name = self.containers[index].name.clone();
         let id = container_id(self.record.uid(), &name, restart);
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
-        if record.restart != restart {
+        if self.record.containers.get(&name).is_none_or(|record| record.restart != restart) {
             return;
         }
+        let over = matches!(event, Event::Ended(_) | Event::StartFailed(_) | Event::Lost { .. });
+        if over && self.stop.is_none() && *self.context.draining.borrow() {
+            // The end that was held back is let go by the same drain whose command is still on its way; that one
+            // shortens the grace of the containers that are left. This one needs no order.
+            let run = self.containers[index].run.take();
+            self.stop_for(Why::Shutdown, own_grace(&self.record.pod));
+            self.containers[index].run = run;
+        }
+        let Some(record) = self.record.containers.get_mut(&name) else { return };
         let (state, kind, reason, message) = match event {
             Event::Started { at, .. } => {
                 record.state = State::Running { started_at: timestamp(at), id };

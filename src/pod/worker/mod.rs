@@ -51,8 +51,12 @@ const FORCED_GRACE: Duration = Duration::from_secs(1);
 /// terminationGracePeriodSeconds when a pod names none (core/v1 default).
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 
+/// Ten years: longer than any allocation. The API server sets no upper bound on terminationGracePeriodSeconds, and a
+/// moment so far ahead cannot be told.
+const GRACE_MOST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
 /// Waits between tries to delete a pod that has ended.
-const DELETE_RETRY: Duration = Duration::from_secs(2);
+pub(super) const DELETE_RETRY: Duration = Duration::from_secs(2);
 
 /// What the manager tells a worker.
 #[derive(Debug)]
@@ -142,6 +146,8 @@ struct Worker {
     delete_at: Option<Instant>,
     complaint: Option<String>,
     ended: bool,
+    /// The manager knows that it has ended.
+    ended_told: bool,
     reported: bool,
 }
 
@@ -184,6 +190,7 @@ impl Worker {
             delete_at: None,
             complaint: None,
             ended: false,
+            ended_told: false,
             reported: false,
         }
     }
@@ -265,8 +272,17 @@ impl Worker {
 
 /// The grace that a deletion leaves: the API server's own count, else the pod's.
 fn deletion_grace(pod: &Pod) -> Duration {
-    let seconds = pod.metadata.deletion_grace_period_seconds.map(|s| u64::try_from(s).unwrap_or(0));
-    seconds.map_or(DEFAULT_GRACE, Duration::from_secs).max(FORCED_GRACE)
+    grace(pod.metadata.deletion_grace_period_seconds).max(FORCED_GRACE)
+}
+
+/// The grace that the pod asks for.
+fn own_grace(pod: &Pod) -> Duration {
+    grace(pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds))
+}
+
+fn grace(seconds: Option<i64>) -> Duration {
+    let seconds = seconds.map(|s| u64::try_from(s).unwrap_or(0));
+    seconds.map_or(DEFAULT_GRACE, Duration::from_secs).min(GRACE_MOST)
 }
 
 async fn join(preparing: &mut Option<Preparing>) -> Attempt {
@@ -283,5 +299,23 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grace_without_end_is_still_a_moment_that_can_be_told() {
+        let seconds = |seconds| grace(seconds).as_secs();
+        assert_eq!([seconds(None), seconds(Some(0)), seconds(Some(-5)), seconds(Some(90))], [30, 0, 0, 90]);
+        assert_eq!(grace(Some(i64::MAX)), GRACE_MOST);
+        assert!(Instant::now().checked_add(GRACE_MOST).is_some());
+        let mut pod = Pod::default();
+        pod.metadata.deletion_grace_period_seconds = Some(0);
+        assert_eq!(deletion_grace(&pod), FORCED_GRACE);
+        pod.metadata.deletion_grace_period_seconds = Some(i64::MAX);
+        assert_eq!(deletion_grace(&pod), GRACE_MOST);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
@@ -108,9 +107,13 @@ impl SpecError {
         }
     }
 
-    /// Whether an object that appears could mend it.
+    /// Whether an object that appears or changes could mend it.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Config(_))
+        match self {
+            // The files come from ConfigMaps and Secrets; the names from the pod, whose change is seen.
+            Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
+            Self::Image(ImageError::NoMount { .. }) => false,
+        }
     }
 }
 
@@ -224,8 +227,8 @@ async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<P
     let marker = marker(&context.identity, pod);
     if let Some(known) = known {
         let uid = marker.uid.clone();
-        let path = known.clone();
-        if blocking(move || directory::read_marker(&path).is_some_and(|m| m.uid == uid)).await? {
+        let ours = move || directory::read_marker(&known).filter(|m| m.uid == uid).map(|_| known);
+        if let Some(known) = blocking(ours).await? {
             return Ok(known);
         }
     }
@@ -415,7 +418,6 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
-    let grace = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
     Ok(ContainerSpec {
         argv,
         env: env.vars,
@@ -427,7 +429,26 @@ pub fn spec(
         oom_score_adj: Some(OOM_SCORE_ADJ),
         orphan_timeout: context.policy.orphan_timeout,
         drain_at: drain,
-        grace: Duration::from_secs(grace.and_then(|s| u64::try_from(s).ok()).unwrap_or(30)),
+        grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_that_is_not_there_yet_is_looked_for_again_and_a_wrong_name_is_not() {
+        let text = || "a".to_owned();
+        let table = [
+            (ImageError::NoFile { image: text(), mount: text(), file: text(), present: text() }, true),
+            (ImageError::NoScript { image: text(), mount: text(), present: text() }, true),
+            (ImageError::NoMount { image: text(), accepted: text() }, false),
+        ];
+        for (error, wanted) in table {
+            let error = SpecError::from(error);
+            assert_eq!(error.may_pass(), wanted, "{error}");
+        }
+    }
 }

@@ -61,9 +61,6 @@ impl Worker {
         if terminal && !self.ended {
             self.ended = true;
             self.record.last_status = Some(status.clone());
-            let outcome = Box::new(self.outcome(false, None));
-            // The manager reads these as fast as they come; one that is lost holds its resources until it is reported.
-            let _ = self.notes.try_send(Note::Ended(self.record.uid().to_owned(), outcome));
         }
         self.publisher.publish(status);
     }
@@ -74,6 +71,12 @@ impl Worker {
         self.publish();
         if self.ended && !before {
             self.save();
+        }
+        if self.ended && !self.ended_told {
+            self.ended_told = true;
+            let outcome = Box::new(self.outcome(false, None));
+            // Waits for room: many pods end in the same moment, and one whose end is not known holds its resources.
+            let _ = self.notes.send(Note::Ended(self.record.uid().to_owned(), outcome)).await;
         }
         let answer = self.publisher.state();
         if self.ended
@@ -126,10 +129,14 @@ impl Worker {
         }
     }
 
-    /// Removes the pod's directory and record; its outcome, with the place of its logs, if it had one.
+    /// Removes the pod's directory and record. Its outcome, with the place of its logs; none when the one that was
+    /// reported still holds. A pod whose object went first has its outcome only from here.
     pub(super) async fn clear_away(&self) -> Option<Outcome> {
         self.context.records.remove(self.record.uid());
-        let found = self.record.directory.clone()?;
+        let told = self.ended && self.reported;
+        let Some(found) = self.record.directory.clone() else {
+            return (!told).then(|| self.outcome(false, None));
+        };
         let uid = self.record.uid().to_owned();
         let kept = self.context.places.kept.clone();
         let path = found.clone();
@@ -137,9 +144,9 @@ impl Worker {
         let removed = on_disk(move || directory::remove(&path, &uid, &kept, Some(&home))).await;
         if let Ok(Err(error)) = removed {
             tracing::warn!(path = %found.display(), %error, "the directory of a pod that is gone could not be removed");
-            return None;
+            return (!told).then(|| self.outcome(false, None));
         }
-        let told = self.ended && self.reported;
-        told.then(|| self.outcome(self.publisher.state().refused.is_none(), Some(&self.context.places.kept)))
+        let acknowledged = told && self.publisher.state().refused.is_none();
+        Some(self.outcome(acknowledged, Some(&self.context.places.kept)))
     }
 }

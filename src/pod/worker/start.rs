@@ -1,7 +1,9 @@
 //! The beginning of a pod's containers: at first, after a crash of the pilot, and again after an end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::prepare::{self, Attempt, Prepared};
@@ -9,8 +11,10 @@ use super::run;
 use super::state::{is_over, unknown_end, waiting};
 use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Why, Worker, deletion_grace};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
+use crate::pod::backoff;
 use crate::pod::events::Kind;
-use crate::pod::status::container_id;
+use crate::pod::record::ContainerRecord;
+use crate::pod::status::{State, container_id};
 
 impl Worker {
     pub(super) fn begin(&mut self, start: Start) {
@@ -55,6 +59,12 @@ impl Worker {
                 record.state = unknown_end("ContainerStatusUnknown", message, record, id);
                 record.launched = false;
                 self.after_end(index);
+            } else if let Some(ended) = ended_before(record, &uid, &container.name) {
+                // It waited to run again; that wait counts the run, and begins the next one.
+                if self.record.last_status.is_none() {
+                    let left = left_of_wait(ended, Timestamp::now());
+                    self.containers[index].restart_at = Some(Instant::now() + left);
+                }
             } else {
                 unprepared = true;
             }
@@ -102,8 +112,6 @@ impl Worker {
         }
         match attempt.result {
             Ok(prepared) => {
-                self.complaint = None;
-                self.prepare_delay = PREPARE_FIRST;
                 for note in &prepared.notes {
                     self.context.events.record(
                         &self.record.pod,
@@ -122,6 +130,10 @@ impl Worker {
                     {
                         self.start(index, &prepared);
                     }
+                }
+                if self.prepare_at.is_none() {
+                    self.complaint = None;
+                    self.prepare_delay = PREPARE_FIRST;
                 }
             }
             Err(error) => {
@@ -191,5 +203,64 @@ impl Worker {
         let orders =
             run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), spec, told);
         self.containers[index].run = Some(orders);
+    }
+}
+
+/// When the run that a waiting record names has ended already: its next one waits and has no number yet.
+fn ended_before(record: &ContainerRecord, uid: &str, name: &str) -> Option<Timestamp> {
+    let last = record.last.as_ref().filter(|_| matches!(record.state, State::Waiting { .. }))?;
+    (last.id == container_id(uid, name, record.restart)).then_some(last.finished_at)
+}
+
+/// What is left of the back-off of a run that ended at `ended`. How long it was is not recorded: as a kubelet that starts
+/// again, the pilot counts from the shortest.
+fn left_of_wait(ended: Timestamp, now: Timestamp) -> Duration {
+    let over = Duration::try_from(now.duration_since(ended)).unwrap_or_default();
+    backoff::FIRST.saturating_sub(over)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::status::Terminated;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_record_in_back_off_names_the_run_that_has_ended() {
+        let ended = at("2026-01-01T00:00:00Z");
+        let end = |restart| Terminated {
+            exit_code: 1,
+            signal: None,
+            reason: None,
+            message: String::new(),
+            started_at: None,
+            finished_at: ended,
+            id: container_id("u1", "c1", restart),
+        };
+        let waits = waiting("CrashLoopBackOff", "back-off 20s");
+        let record = |restart, last, state| ContainerRecord { restart, last, state, ..Default::default() };
+        let table = [
+            (record(1, Some(end(1)), waits.clone()), Some(ended)),
+            // The wait is over and the next run has its number.
+            (record(2, Some(end(1)), waits.clone()), None),
+            (record(0, None, waits), None),
+            (record(1, Some(end(1)), State::Terminated(end(1))), None),
+        ];
+        for (record, wanted) in table {
+            assert_eq!(ended_before(&record, "u1", "c1"), wanted, "{record:?}");
+        }
+    }
+
+    #[test]
+    fn the_rest_of_a_wait_is_never_more_than_the_wait() {
+        let ended = at("2026-01-01T00:00:10Z");
+        let left = |now: &str| left_of_wait(ended, at(now)).as_secs();
+        assert_eq!(left("2026-01-01T00:00:13Z"), 7);
+        assert_eq!(left("2026-01-01T01:00:00Z"), 0);
+        // The clock went back.
+        assert_eq!(left("2026-01-01T00:00:00Z"), backoff::FIRST.as_secs());
     }
 }
