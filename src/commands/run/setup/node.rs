@@ -1,0 +1,153 @@
+//! The Node as the settings and the allocation make it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::state::PilotState;
+use crate::allocation::duration::Walltime;
+use crate::allocation::{Allocation, BatchSystem, TimeLimit, Vendor};
+use crate::cli::RunArgs;
+use crate::node::{self, NodeConfig};
+use crate::pod::admission::NodeFacts;
+use crate::pod::context::Places;
+
+/// The label jiriaf.site: as set, else the batch cluster's name.
+pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> String {
+    let set = args.site.clone().filter(|site| !site.is_empty());
+    let site = set.or_else(|| allocation.cluster.as_ref().map(|cluster| cluster.value.clone()));
+    site.unwrap_or_else(|| "local".to_owned())
+}
+
+/// The Node's name: as set, else made of site, job and host.
+pub(in crate::commands) fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
+    match args.node_name.as_deref().filter(|name| !name.is_empty()) {
+        // Several tasks of a job may share a NODENAME that the job script exports.
+        Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
+        Some(name) => name.to_owned(),
+        None => {
+            let job = allocation.job_id.as_ref().map(|j| j.value.as_str());
+            // Slurm names each of a job's hosts; PBS does not tell a task its host's name, and two of its hosts may be one.
+            let pbs = matches!(allocation.batch, BatchSystem::Pbs | BatchSystem::Torque);
+            node::labels::node_name(&node::labels::NameParts {
+                site,
+                job,
+                restart: allocation.restart_count,
+                host: &allocation.host,
+                task: (pbs && allocation.task.rank > 0).then_some(allocation.task.rank),
+            })
+        }
+    }
+}
+
+/// Pods at once: kubelet's own default is 110 (kubelet config, maxPods); virtual-kubelet-cmd said 1000.
+pub(super) const PODS: u32 = 1000;
+
+pub(super) fn node_config(
+    args: &RunArgs,
+    name: &str,
+    site: &str,
+    ip: &str,
+    allocation: &Allocation,
+    state: &PilotState,
+    places: &Places,
+) -> NodeConfig {
+    let gpus = &allocation.gpus.value;
+    let node_type = args.node_type.clone().filter(|t| !t.is_empty());
+    let node_type = node_type.unwrap_or_else(|| if gpus.is_empty() { "cpu" } else { "gpu" }.to_owned());
+    let taint = |taint: &crate::cli::Taint| k8s_openapi::api::core::v1::Taint {
+        key: taint.key.clone(),
+        value: taint.value.clone(),
+        effect: taint.effect.clone(),
+        time_added: None,
+    };
+    let taints = if args.no_taint { Vec::new() } else { args.taints.iter().map(taint).collect() };
+    NodeConfig {
+        name: name.to_owned(),
+        node_type,
+        site: site.to_owned(),
+        batch: allocation.batch.label().to_owned(),
+        job_id: allocation.job_id.as_ref().map(|job| job.value.clone()),
+        labels: args.labels.iter().cloned().collect(),
+        annotations: args.annotations.iter().cloned().collect(),
+        taints,
+        hostname: allocation.host.clone(),
+        internal_ip: ip.to_owned(),
+        capacity: capacity(allocation, &places.pods),
+        daemon_port: None,
+        instance: state.instance.clone(),
+        walltime: allocated(args, allocation, state),
+        publish_walltime: args.pods.walltime != Some(Walltime::Zero),
+        info: node::info::node_info(Path::new("/")),
+    }
+}
+
+/// What the allocation offers, with the room that the pods directory has.
+pub(in crate::commands) fn capacity(allocation: &Allocation, pods: &Path) -> node::Capacity {
+    let mut gpus: BTreeMap<String, u32> = BTreeMap::new();
+    for gpu in &allocation.gpus.value {
+        *gpus.entry(resource(gpu.vendor).to_owned()).or_default() += 1;
+    }
+    node::Capacity {
+        cpus: allocation.cpus.value.len(),
+        memory_bytes: allocation.memory.value,
+        pods: PODS,
+        ephemeral_storage_bytes: free_bytes(pods),
+        gpus,
+    }
+}
+
+/// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.
+pub(super) fn allocated(args: &RunArgs, allocation: &Allocation, state: &PilotState) -> Option<Duration> {
+    let granted = match (&allocation.limit.value, &allocation.started) {
+        (TimeLimit::Ends(end), Some(started)) => end.duration_since(started.value).ok(),
+        _ => None,
+    };
+    match args.pods.walltime {
+        Some(Walltime::Limit(duration)) => Some(duration),
+        Some(Walltime::Zero) => None,
+        None => granted.or(state.first_left.map(Duration::from_secs)),
+    }
+}
+
+/// The resource that a vendor's device plugin offers.
+pub(super) fn resource(vendor: Vendor) -> &'static str {
+    match vendor {
+        Vendor::Nvidia => "nvidia.com/gpu",
+        Vendor::Amd => "amd.com/gpu",
+        Vendor::Intel => "gpu.intel.com/i915",
+    }
+}
+
+pub(super) fn free_bytes(path: &Path) -> u64 {
+    nix::sys::statvfs::statvfs(path).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()))
+}
+
+pub(super) fn facts(config: &NodeConfig, args: &RunArgs) -> NodeFacts {
+    NodeFacts {
+        name: config.name.clone(),
+        labels: config.labels.clone(),
+        taints: config.taints.clone(),
+        allocatable: config.capacity.quantities(),
+        namespaces: (!args.namespaces.is_empty()).then(|| args.namespaces.iter().cloned().collect()),
+        shutting_down: false,
+    }
+}
+
+/// The Node as admission sees it, with its labels as they are published.
+pub(super) fn follow_labels(
+    mut facts: NodeFacts,
+    mut labels: watch::Receiver<BTreeMap<String, String>>,
+) -> watch::Receiver<NodeFacts> {
+    facts.labels.clone_from(&labels.borrow_and_update());
+    let (facts_tx, facts) = watch::channel(facts);
+    tokio::spawn(async move {
+        while labels.changed().await.is_ok() {
+            let now = labels.borrow_and_update().clone();
+            facts_tx.send_modify(|facts| facts.labels = now);
+        }
+    });
+    facts
+}

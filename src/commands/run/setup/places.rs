@@ -1,0 +1,101 @@
+//! What a pilot takes on its host: its directories, the lock on its name, its port.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::SetupError;
+use crate::allocation::Environment;
+use crate::cli::{PodArgs, PodsLayout};
+use crate::files;
+use crate::node;
+use crate::pod::context::Places;
+use crate::pod::directory;
+
+pub(in crate::commands) fn place(
+    what: &'static str,
+    path: &Path,
+    problem: &dyn std::fmt::Display,
+    mend: &'static str,
+) -> SetupError {
+    SetupError::Place { what, path: path.to_owned(), problem: problem.to_string(), mend }
+}
+
+/// The default state directory: node-local, one a user.
+#[must_use]
+pub fn default_state_dir(env: &Environment) -> PathBuf {
+    let tmp = env.get("TMPDIR").filter(|dir| Path::new(dir).is_dir()).unwrap_or("/tmp").to_owned();
+    Path::new(&tmp).join(format!("jiriaf-pilot-{}", nix::unistd::getuid()))
+}
+
+/// Makes a directory that is ours alone.
+pub(in crate::commands) fn private(what: &'static str, path: &Path) -> Result<(), SetupError> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(|error| place(what, parent, &error, "choose another place with --state-dir"))?;
+    }
+    files::private_dir(path)
+        .map_err(|error| place(what, path, &error, "choose another place with --state-dir"))
+}
+
+/// Takes the lock that says that the owner of a state directory lives, until it is dropped; `clean` goes by it.
+pub(in crate::commands) fn take_lock(state_dir: &Path) -> Result<Flock<File>, SetupError> {
+    let path = state_dir.join("lock");
+    let mend =
+        "another pilot on this host has this Node's name; give this one another with --node-name (NODENAME)";
+    let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = open.map_err(|error| place("lock", &path, &error, "choose another place with --state-dir"))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| place("lock", &path, &format!("held by another process ({error})"), mend))
+}
+
+/// Keeps the port for the Node's own API. It is bound but not listened on, so nobody can connect.
+pub(in crate::commands) fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
+    use std::os::fd::AsRawFd;
+    if port == 0 {
+        return Ok(None);
+    }
+    let taken = || -> nix::Result<OwnedFd> {
+        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(socket.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port))?;
+        Ok(socket)
+    };
+    taken().map(Some).map_err(|error| {
+        SetupError::Host(format!(
+            "port {port} of --port (KUBELET_PORT) cannot be taken: {}; name a free port, or 0",
+            error.desc()
+        ))
+    })
+}
+
+/// The places of pods; the pods directory is made and written to, so that a full or read-only one is known at once.
+pub(in crate::commands) fn places(
+    args: &PodArgs,
+    env: &Environment,
+    job: Option<&str>,
+    name: &str,
+) -> Result<Places, SetupError> {
+    let home = env.get("HOME").map(PathBuf::from).ok_or_else(|| {
+        SetupError::Setting("HOME is not set; set it to your home directory (pods see it too)".to_owned())
+    })?;
+    let pods = args.pods_dir.clone().unwrap_or_else(|| home.clone());
+    let mend = "make room or permit writing there, or choose another place with --pods-dir (JIRIAF_PODS_DIR)";
+    let fail = |error: io::Error| place("pods directory", &pods, &error, mend);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods).map_err(fail)?;
+    let pods = fs::canonicalize(&pods).map_err(fail)?;
+    let kept_root = pods.join(directory::KEPT);
+    let kept = kept_root.join(node::labels::label_value(job.unwrap_or(name)));
+    directory::make_kept(&kept).map_err(fail)?;
+    let probe = kept.join(format!(".probe-{}", std::process::id()));
+    fs::write(&probe, [0u8; 4096]).map_err(fail)?;
+    fs::remove_file(&probe).map_err(fail)?;
+    Ok(Places { pods, namespaced: args.pods_layout == PodsLayout::Namespaced, kept, home })
+}
