@@ -141,7 +141,7 @@ fn read(path: &Path) -> io::Result<Record> {
     if fs::metadata(path)?.len() > RECORD_BYTES {
         return Err(io::Error::other(format!("larger than {RECORD_BYTES} bytes")));
     }
-    let record: Record = serde_json::from_slice(&fs::read(path)?)?;
+    let record: Record = serde_json::from_str(&fs::read_to_string(path)?)?;
     if record.version == VERSION {
         Ok(record)
     } else {

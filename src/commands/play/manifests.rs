@@ -103,19 +103,16 @@ impl Place {
     }
 }
 
-/// An object as it was written: where it stands alone, the parser can name the line.
-enum Body<'a> {
-    Text { text: &'a str, first_line: usize },
-    Item(&'a Value),
-}
-
-impl Body<'_> {
-    fn parse<T: DeserializeOwned>(&self, place: &Place) -> Result<T, ManifestError> {
-        match self {
-            Self::Text { text, first_line } => parse(text, *first_line, place),
-            Self::Item(value) => T::deserialize(*value).map_err(|error| place.error(error.to_string())),
-        }
-    }
+/// Reads an object from what the YAML said. By way of JSON text, as the API server sends it: a second kind of reader for all
+/// of Kubernetes' types would make the program half as large again. What does not fit is shown.
+fn object<T: DeserializeOwned>(value: &Value, place: &Place) -> Result<T, ManifestError> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| place.error(error.to_string()))?;
+    serde_json::from_str(&text).map_err(|error| {
+        let said = error.to_string();
+        let problem = said.split(" at line ").next().unwrap_or_default();
+        let shown = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default().trim();
+        place.error(format!("{problem}, in {shown}"))
+    })
 }
 
 /// Reads all files. `new_uid` makes a name that no other object has.
@@ -133,10 +130,10 @@ pub fn read(sources: &[Source], mut new_uid: impl FnMut() -> String) -> Result<M
                 for (index, item) in items.iter().enumerate() {
                     let place = Place { item: Some(index + 1), ..place.clone() };
                     let item = with_text_quantities(item.clone());
-                    all.take(&place, &item, &Body::Item(&item), &mut new_uid)?;
+                    all.take(&place, &item, &mut new_uid)?;
                 }
             } else {
-                all.take(&place, &value, &Body::Text { text, first_line }, &mut new_uid)?;
+                all.take(&place, &with_text_quantities(value), &mut new_uid)?;
             }
         }
     }
@@ -174,11 +171,11 @@ fn documents(text: &str) -> Vec<(usize, &str)> {
     found
 }
 
-fn parse<T: DeserializeOwned>(text: &str, first_line: usize, place: &Place) -> Result<T, ManifestError> {
+fn parse(text: &str, first_line: usize, place: &Place) -> Result<Value, ManifestError> {
     serde_saphyr::from_str(text).map_err(|error| {
         // Once more with as many empty lines before it as the file has: the parser then names the file's own line.
         let padded = format!("{}{text}", "\n".repeat(first_line));
-        let error = serde_saphyr::from_str::<T>(&padded).err().unwrap_or(error);
+        let error = serde_saphyr::from_str::<Value>(&padded).err().unwrap_or(error);
         let text = error.to_string();
         place.error(text.strip_prefix("error: ").unwrap_or(&text))
     })
@@ -242,7 +239,6 @@ impl Manifests {
         &mut self,
         place: &Place,
         value: &Value,
-        body: &Body<'_>,
         new_uid: &mut impl FnMut() -> String,
     ) -> Result<(), ManifestError> {
         let Some(kind) = value.get("kind").and_then(Value::as_str) else {
@@ -260,7 +256,7 @@ impl Manifests {
         }
         match kind {
             "Pod" => {
-                let mut pod: Pod = body.parse(place)?;
+                let mut pod: Pod = object(value, place)?;
                 let uid = new_uid();
                 complete(&mut pod.metadata, uid, SUBDOMAIN, place)?;
                 // A status in a file is of another pod's life.
@@ -272,7 +268,7 @@ impl Manifests {
                 self.pods.push(pod);
             }
             "Job" => {
-                let mut job: Job = body.parse(place)?;
+                let mut job: Job = object(value, place)?;
                 let uid = new_uid();
                 complete(&mut job.metadata, uid, LABEL, place)?;
                 let spec = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
@@ -286,12 +282,12 @@ impl Manifests {
                 self.jobs.push(job);
             }
             "ConfigMap" => {
-                let mut map: ConfigMap = body.parse(place)?;
+                let mut map: ConfigMap = object(value, place)?;
                 complete(&mut map.metadata, String::new(), SUBDOMAIN, place)?;
                 self.config_maps.push(map);
             }
             _ => {
-                let mut secret: Secret = body.parse(place)?;
+                let mut secret: Secret = object(value, place)?;
                 complete(&mut secret.metadata, String::new(), SUBDOMAIN, place)?;
                 // The API server merges stringData over data (core/v1, Secret).
                 let text = secret.string_data.take().unwrap_or_default();
