@@ -8,8 +8,8 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use jiriaf_pilot::container::{
-    ContainerId, ContainerSpec, End, Event, LogLimits, MARK, Session, StartError, Supervisor, Supervisors,
-    process,
+    ContainerId, ContainerSpec, End, Event, LogLimits, MARK, Session, StartError, Stdio, Supervisor,
+    Supervisors, process,
 };
 use nix::fcntl::{FcntlArg, FdFlag};
 use nix::sys::signal::{Signal, kill};
@@ -60,6 +60,7 @@ impl Bed {
             drain_at: None,
             grace: Duration::from_millis(100),
             forward_output: false,
+            stdio: Stdio::Null,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -20,7 +21,7 @@ use tokio::time::Instant;
 
 use super::MARK;
 use super::process::{self, Identity};
-use super::protocol::{ContainerId, ContainerSpec, Event, Order, line};
+use super::protocol::{ContainerId, ContainerSpec, Event, ExecSpec, Order, line};
 use super::remains;
 use super::supervisor::{IDENTITY, SOCKET};
 use crate::files;
@@ -217,6 +218,15 @@ impl Drop for Owner {
     }
 }
 
+/// What a program that is run in a container besides its own has for standard input, output and error.
+#[derive(Debug)]
+pub enum ExecStdio {
+    /// One terminal for all three.
+    Terminal(OwnedFd),
+    /// Each its own.
+    Pipes([OwnedFd; 3]),
+}
+
 /// The supervisor of one run of one container. Dropping it lets it go: it ends its container after its orphan timeout.
 pub struct Supervisor {
     id: ContainerId,
@@ -283,6 +293,40 @@ impl Supervisor {
     /// Tells when the container ends at the latest should the pilot be gone.
     pub async fn set_drain(&mut self, at: SystemTime) {
         self.order(&Order::Drain(at)).await;
+    }
+
+    /// Runs another program in the container's surroundings: its environment, directory and limits. `stdio` are its
+    /// standard input, output and error, or one terminal. Its end is told with `id`.
+    pub async fn exec(&mut self, id: u64, argv: Vec<String>, stdio: ExecStdio) {
+        let terminal = matches!(stdio, ExecStdio::Terminal(_));
+        let order = Order::Exec(ExecSpec { id, argv, terminal });
+        match stdio {
+            ExecStdio::Terminal(terminal) => self.order_with(&order, &[terminal.as_fd()]).await,
+            ExecStdio::Pipes([stdin, stdout, stderr]) => {
+                self.order_with(&order, &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]).await;
+            }
+        }
+    }
+
+    /// A signal to the process group of a program that was started by [`Supervisor::exec`].
+    pub async fn signal_exec(&mut self, id: u64, signal: Signal) {
+        self.order(&Order::Signal { id, signal: signal as i32 }).await;
+    }
+
+    /// Joins the container: what it writes from now on goes to the last two descriptors as well, and what comes from the
+    /// first is its input, where it takes any. They close when it ends.
+    pub async fn attach(&mut self, takes_input: bool, [input, stdout, stderr]: [OwnedFd; 3]) {
+        let order = Order::Attach { input: takes_input };
+        self.order_with(&order, &[input.as_fd(), stdout.as_fd(), stderr.as_fd()]).await;
+    }
+
+    async fn order_with(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) {
+        let text = line(order);
+        let socket: &UnixStream = self.writer.as_ref();
+        let send = || super::descriptors::send(socket.as_fd(), &text, descriptors);
+        // A supervisor that is gone is told of by `next`.
+        let Ok(sent) = socket.async_io(tokio::io::Interest::WRITABLE, send).await else { return };
+        let _ = self.writer.write_all(&text[sent..]).await;
     }
 
     /// What happens next; cancel safe. After the last event it waits for ever.

@@ -5,46 +5,65 @@
 //! needs `pre_exec` or unsafe code. A program that cannot be run is told on the socket; a successful exec closes it.
 
 use std::fs;
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Pid, dup2_stdin, getpid, setpgid, setsid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, setsid};
 
+use super::descriptors;
 use super::exec::exec;
 use super::log;
-use super::protocol::{LINE_BYTES, Launch, Session, StartError, line};
+use super::protocol::{LINE_BYTES, Launch, Session, StartError, Stdin, line};
+
+/// pbs_attach asks the MOM of its own host.
+const ATTACH_LIMIT: Duration = Duration::from_secs(5);
 
 /// The `launch` stage's main.
 #[must_use]
 pub fn launch() -> ExitCode {
     let Ok(copy) = io::stdin().as_fd().try_clone_to_owned() else { return ExitCode::from(128) };
     let socket = UnixStream::from(copy);
-    let mut text = Vec::new();
-    let read = BufReader::new((&socket).take(LINE_BYTES as u64)).read_until(b'\n', &mut text);
+    let (mut text, mut given) = (Vec::new(), Vec::new());
+    let read = read_settings(&socket, &mut text, &mut given);
     if text.is_empty() {
         // The supervisor is gone, or has no use for it: nothing was to be started.
         return ExitCode::SUCCESS;
     }
     let launch: Launch = match read
         .map_err(|e| e.to_string())
-        .and_then(|_| serde_json::from_slice(&text).map_err(|e| e.to_string()))
+        .and_then(|()| serde_json::from_slice(&text).map_err(|e| e.to_string()))
     {
         Ok(launch) => launch,
         Err(problem) => {
             return fail(&socket, &StartError::Other { what: "reading what to start".to_owned(), problem });
         }
     };
-    let error = become_container(&launch, socket.as_raw_fd())
+    let error = become_container(&launch, given.into_iter().next(), socket.as_raw_fd())
         .err()
         .unwrap_or_else(|| exec(&launch.argv, &launch.env));
     fail(&socket, &error)
+}
+
+/// Reads one line, with the descriptors that come along.
+fn read_settings(socket: &UnixStream, text: &mut Vec<u8>, given: &mut Vec<OwnedFd>) -> io::Result<()> {
+    let mut bytes = [0; 16 * 1024];
+    while text.last() != Some(&b'\n') && text.len() < LINE_BYTES {
+        match descriptors::receive(socket.as_fd(), &mut bytes, given) {
+            Ok(0) => break,
+            Ok(n) => text.extend_from_slice(&bytes[..n]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn fail(mut socket: &UnixStream, error: &StartError) -> ExitCode {
@@ -57,29 +76,34 @@ fn other(what: &str) -> impl Fn(Errno) -> StartError {
     move |errno| StartError::Other { what: what.clone(), problem: errno.desc().to_owned() }
 }
 
-fn become_container(launch: &Launch, keep: RawFd) -> Result<(), StartError> {
+fn become_container(launch: &Launch, given: Option<OwnedFd>, keep: RawFd) -> Result<(), StartError> {
+    let terminal = launch.stdin == Stdin::Terminal;
     match launch.session {
+        // A terminal belongs to a session, whose first process this must be.
         Session::Own => setsid().map(drop).map_err(other("making a session"))?,
+        Session::Shared if terminal => {
+            setsid().map_err(other("making a session"))?;
+            attach_to_job(&launch.env);
+        }
         Session::Shared => {
             setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(other("making a process group"))?
         }
     }
     umask(Mode::from_bits_truncate(0o022));
-    let pgid = launch.container_dir.join("pgid");
-    fs::write(&pgid, format!("{}\n", getpid())).map_err(|error| StartError::Other {
-        what: format!("writing {}", pgid.display()),
-        problem: error.to_string(),
-    })?;
+    if let Some(dir) = &launch.container_dir {
+        let pgid = dir.join("pgid");
+        fs::write(&pgid, format!("{}\n", getpid())).map_err(|error| StartError::Other {
+            what: format!("writing {}", pgid.display()),
+            problem: error.to_string(),
+        })?;
+    }
     // The log is there from the start, also for a container that says nothing. One that cannot be made holds nothing up.
-    let _ = log::open(&launch.log);
+    let _ = launch.log.as_deref().map(log::open);
     if let Some(adjustment) = launch.oom_score_adj {
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
     }
-    let null = fs::File::open("/dev/null")
-        .map_err(|error| StartError::Other { what: "/dev/null".to_owned(), problem: error.to_string() })?;
-    dup2_stdin(&null).map_err(other("standard input"))?;
-    drop(null);
+    set_stdin(launch.stdin, given)?;
     close_inherited(keep);
     std::env::set_current_dir(&launch.working_dir).map_err(|error| StartError::WorkingDirectory {
         path: launch.working_dir.display().to_string(),
@@ -87,6 +111,57 @@ fn become_container(launch: &Launch, keep: RawFd) -> Result<(), StartError> {
     })?;
     reset_ignored_signals();
     Ok(())
+}
+
+fn set_stdin(stdin: Stdin, given: Option<OwnedFd>) -> Result<(), StartError> {
+    let missing = || StartError::Other {
+        what: "standard input".to_owned(),
+        problem: "the descriptor that was to come along did not".to_owned(),
+    };
+    match stdin {
+        Stdin::Null => {
+            let null = fs::File::open("/dev/null").map_err(|error| StartError::Other {
+                what: "/dev/null".to_owned(),
+                problem: error.to_string(),
+            })?;
+            dup2_stdin(&null).map_err(other("standard input"))
+        }
+        Stdin::Given => dup2_stdin(given.ok_or_else(missing)?).map_err(other("standard input")),
+        Stdin::Terminal => {
+            let terminal = given.ok_or_else(missing)?;
+            rustix::process::ioctl_tiocsctty(&terminal).map_err(|error| StartError::Other {
+                what: "taking the terminal".to_owned(),
+                problem: error.to_string(),
+            })?;
+            dup2_stdin(&terminal).map_err(other("standard input"))?;
+            dup2_stdout(&terminal).map_err(other("standard output"))?;
+            dup2_stderr(&terminal).map_err(other("standard error"))
+        }
+    }
+}
+
+/// PBS tracks and kills a job by its sessions: one that is new to it must be told (pbs_attach(8)). Where there is no such
+/// program the session still ends with its container, by the supervisor.
+fn attach_to_job(env: &[(String, String)]) {
+    let value = |name: &str| env.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    let Some(job) = value("PBS_JOBID") else { return };
+    let command = std::process::Command::new("pbs_attach")
+        .args(["-j", job, "-p", &getpid().to_string()])
+        .env("PATH", value("PATH").unwrap_or_default())
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    let Ok(mut child) = command else { return };
+    let end = Instant::now() + ATTACH_LIMIT;
+    while matches!(child.try_wait(), Ok(None)) {
+        if Instant::now() >= end {
+            let _ = child.kill();
+            let _ = child.wait();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// A signal that was ignored when a shell starts can never be trapped by it. What has a handler becomes default by exec

@@ -4,6 +4,7 @@
 //! what happens. [`supervise`] and [`launch`] are the stages that do it, processes of the same binary.
 
 mod client;
+mod descriptors;
 mod exec;
 mod launch;
 mod log;
@@ -13,12 +14,14 @@ pub mod process;
 mod protocol;
 mod remains;
 mod run;
+mod sessions;
 mod supervisor;
+pub mod terminal;
 
-pub use client::{Supervisor, Supervisors, SupervisorsError};
+pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
 pub use launch::launch;
 pub use log::LogLimits;
-pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError};
+pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError, Stdio};
 pub use remains::{end_marked, end_supervisors, is_supervisor};
 pub use supervisor::supervise;
 

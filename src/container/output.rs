@@ -1,8 +1,9 @@
 //! What a container says: two pipes that never block, and their way into the log.
 
+use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::process::{Child, ChildStderr, ChildStdout};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Child;
 
 use super::log::{Log, Output};
 use super::peer::set_nonblocking;
@@ -13,21 +14,38 @@ const READ_BYTES: usize = 16 * 1024;
 /// What both pipes can hold when all that wrote to them is dead: 1 MiB each (/proc/sys/fs/pipe-max-size, pipe(7)).
 const REST_BYTES: usize = 2 << 20;
 
-/// A container's two pipes.
+/// A container's two pipes, or our end of its terminal, whose output is all standard output.
 pub(super) struct Outputs {
-    stdout: Option<ChildStdout>,
-    stderr: Option<ChildStderr>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+}
+
+/// What takes a container's output besides the log.
+pub(super) trait Sink {
+    /// What was read, as it was read.
+    fn bytes(&mut self, output: Output, bytes: &[u8]);
+    /// A line of it, without its end.
+    fn line(&mut self, output: Output, line: &[u8]);
 }
 
 impl Outputs {
     pub(super) fn new(child: &mut Child) -> io::Result<Self> {
-        let outputs = Self { stdout: child.stdout.take(), stderr: child.stderr.take() };
+        let file = |pipe: OwnedFd| File::from(pipe);
+        let stdout = child.stdout.take().map(OwnedFd::from).map(file);
+        let stderr = child.stderr.take().map(OwnedFd::from).map(file);
+        let outputs = Self { stdout, stderr };
         for output in [Output::Stdout, Output::Stderr] {
             if let Some(fd) = outputs.fd(output) {
                 set_nonblocking(fd)?;
             }
         }
         Ok(outputs)
+    }
+
+    /// Our end of a terminal instead of pipes.
+    pub(super) fn of_terminal(terminal: OwnedFd) -> io::Result<Self> {
+        set_nonblocking(terminal.as_fd())?;
+        Ok(Self { stdout: Some(File::from(terminal)), stderr: None })
     }
 
     /// The pipe, until its end was read.
@@ -39,7 +57,7 @@ impl Outputs {
     }
 
     /// Reads once; how many bytes there were. At its end a pipe is closed.
-    pub(super) fn read(&mut self, output: Output, log: &mut Log, line: &mut dyn FnMut(&[u8])) -> usize {
+    pub(super) fn read(&mut self, output: Output, log: &mut Log, sink: &mut dyn Sink) -> usize {
         let mut bytes = [0; READ_BYTES];
         loop {
             let read = match output {
@@ -48,7 +66,8 @@ impl Outputs {
             };
             match read {
                 Some(Ok(n)) if n > 0 => {
-                    log.take(output, &bytes[..n], line);
+                    sink.bytes(output, &bytes[..n]);
+                    log.take(output, &bytes[..n], |line| sink.line(output, line));
                     return n;
                 }
                 Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -63,17 +82,16 @@ impl Outputs {
     }
 
     /// Reads what is left when the container is dead. What no signal ends may write for ever, so this has a bound.
-    pub(super) fn read_rest(&mut self, log: &mut Log, line: &mut dyn FnMut(Output, &[u8])) {
+    pub(super) fn read_rest(&mut self, log: &mut Log, sink: &mut dyn Sink) {
         let mut left = REST_BYTES;
         for output in [Output::Stdout, Output::Stderr] {
-            let mut keep = |text: &[u8]| line(output, text);
             while left > 0 {
-                match self.read(output, log, &mut keep) {
+                match self.read(output, log, sink) {
                     0 => break,
                     n => left = left.saturating_sub(n),
                 }
             }
-            log.close(output, &mut keep);
+            log.close(output, |line| sink.line(output, line));
             self.close(output);
         }
     }
@@ -89,6 +107,14 @@ impl Outputs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Nobody;
+
+    impl Sink for Nobody {
+        fn bytes(&mut self, _: Output, _: &[u8]) {}
+        fn line(&mut self, _: Output, _: &[u8]) {}
+    }
+
     use crate::container::log::LogLimits;
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
@@ -103,9 +129,9 @@ mod tests {
         let begin = Instant::now();
         // The pipe may be empty for a moment, which would end the reading too early to prove anything.
         while bytes < READ_BYTES && begin.elapsed() < Duration::from_secs(5) {
-            bytes += outputs.read(Output::Stdout, &mut log, &mut |_| {});
+            bytes += outputs.read(Output::Stdout, &mut log, &mut Nobody);
         }
-        outputs.read_rest(&mut log, &mut |_, _| {});
+        outputs.read_rest(&mut log, &mut Nobody);
         assert!(begin.elapsed() < Duration::from_secs(10));
         assert!(outputs.fd(Output::Stdout).is_none());
         child.kill().unwrap();

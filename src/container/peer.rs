@@ -1,12 +1,14 @@
 //! One end of a socket as the supervisor sees it: never blocks, never grows without bound.
 
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::collections::VecDeque;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use super::descriptors;
 use super::protocol::{LINE_BYTES, Order};
 
 /// What may wait to be taken before output is held up.
@@ -15,10 +17,15 @@ const FULL: usize = 256 * 1024;
 /// A pilot that takes nothing any more is let go at this; it comes back and is greeted anew.
 const MOST: usize = 4 << 20;
 
+/// Descriptors that may wait for the order that they came with: those of a burst of them.
+const GIVEN: usize = 3 * 256;
+
 /// A pilot at the other end of a socket.
 pub(super) struct Peer {
     stream: UnixStream,
     incoming: Vec<u8>,
+    /// Descriptors that came along, for orders that want some.
+    given: VecDeque<OwnedFd>,
     outgoing: Vec<u8>,
     closed: bool,
 }
@@ -26,7 +33,7 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, incoming: Vec::new(), outgoing: Vec::new(), closed: false })
+        Ok(Self { stream, incoming: Vec::new(), given: VecDeque::new(), outgoing: Vec::new(), closed: false })
     }
 
     /// Whether the other end is a process of the same user (unix(7), SO_PEERCRED).
@@ -74,10 +81,13 @@ impl Peer {
 
     pub(super) fn receive(&mut self) {
         let mut bytes = [0; 4096];
+        let mut given = Vec::new();
         loop {
-            match self.stream.read(&mut bytes) {
+            let read = descriptors::receive(self.stream.as_fd(), &mut bytes, &mut given);
+            self.given.extend(given.drain(..));
+            match read {
                 Ok(0) => self.closed = true,
-                Ok(n) if self.incoming.len() + n <= LINE_BYTES => {
+                Ok(n) if self.incoming.len() + n <= LINE_BYTES && self.given.len() <= GIVEN => {
                     self.incoming.extend_from_slice(&bytes[..n]);
                     continue;
                 }
@@ -90,11 +100,17 @@ impl Peer {
     }
 
     /// The orders that have come in whole.
-    pub(super) fn orders(&mut self) -> Vec<Order> {
+    pub(super) fn orders(&mut self) -> Vec<(Order, Vec<OwnedFd>)> {
         let Some(end) = self.incoming.iter().rposition(|byte| *byte == b'\n') else { return Vec::new() };
         let rest = self.incoming.split_off(end + 1);
         let whole = std::mem::replace(&mut self.incoming, rest);
-        whole.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
+        let orders = whole.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+        orders
+            .map(|order: Order| {
+                let wanted = order.descriptors().min(self.given.len());
+                (order, self.given.drain(..wanted).collect())
+            })
+            .collect()
     }
 }
 

@@ -82,6 +82,28 @@ pub struct ContainerSpec {
     pub grace: Duration,
     /// Whether each line is told to the pilot besides being logged.
     pub forward_output: bool,
+    /// What the program reads and writes.
+    pub stdio: Stdio,
+}
+
+/// What a program's standard input is, and whether all three are a terminal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stdio {
+    /// Standard input is /dev/null; the outputs are pipes.
+    #[default]
+    Null,
+    /// Standard input is a pipe.
+    Input {
+        /// Whether it ends with the first client that ends it (`stdinOnce`).
+        once: bool,
+    },
+    /// All three are one terminal.
+    Terminal {
+        /// Whether anybody may type there (`stdin`).
+        input: bool,
+        /// Whether it ends with the first client that ends it (`stdinOnce`).
+        once: bool,
+    },
 }
 
 impl std::fmt::Debug for ContainerSpec {
@@ -192,6 +214,20 @@ pub enum Event {
         /// The line without its end.
         line: String,
     },
+    /// A program that was run in the container besides has ended; 128+n when signal n ended it.
+    ExecEnded {
+        /// Which one.
+        id: u64,
+        /// Its exit code.
+        exit_code: i32,
+    },
+    /// A program that was to run in the container besides never began.
+    ExecFailed {
+        /// Which one.
+        id: u64,
+        /// Why.
+        error: StartError,
+    },
     /// The container is over and nothing of it is left.
     Ended(End),
     /// The supervisor itself is gone. Never sent; what the pilot makes of a closed socket.
@@ -212,6 +248,47 @@ pub(super) enum Order {
     Drain(SystemTime),
     /// The end is recorded: go.
     Acknowledge,
+    /// Run another program in the container's surroundings. Its standard input, output and error come along as
+    /// descriptors, or one terminal.
+    Exec(ExecSpec),
+    /// A signal to the process group of such a program.
+    Signal { id: u64, signal: i32 },
+    /// Somebody listens to the container's output from now on, and may give it input. Descriptors come along: where input
+    /// comes from, where standard output goes, where standard error goes.
+    Attach { input: bool },
+}
+
+impl Order {
+    /// How many descriptors come along.
+    pub(super) fn descriptors(&self) -> usize {
+        match self {
+            Self::Exec(spec) if spec.terminal => 1,
+            Self::Exec(_) | Self::Attach { .. } => 3,
+            Self::Start(_)
+            | Self::Terminate(_)
+            | Self::Drain(_)
+            | Self::Acknowledge
+            | Self::Signal { .. } => 0,
+        }
+    }
+}
+
+/// A program that is run in a container besides its own.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct ExecSpec {
+    /// Names it in what is told of it.
+    pub id: u64,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Whether one terminal comes along, instead of three descriptors.
+    pub terminal: bool,
+}
+
+impl std::fmt::Debug for ExecSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Arguments may be secret.
+        f.debug_struct("ExecSpec").field("id", &self.id).finish_non_exhaustive()
+    }
 }
 
 /// What the third stage is told.
@@ -220,10 +297,25 @@ pub(super) struct Launch {
     pub argv: Vec<String>,
     pub env: Vec<(String, String)>,
     pub working_dir: PathBuf,
-    pub container_dir: PathBuf,
-    pub log: PathBuf,
+    /// Where `pgid` is written; nowhere for a program that runs besides the container's own.
+    pub container_dir: Option<PathBuf>,
+    /// The log, which is there from the start.
+    pub log: Option<PathBuf>,
     pub session: Session,
     pub oom_score_adj: Option<i32>,
+    /// What the descriptor that comes along is for.
+    pub stdin: Stdin,
+}
+
+/// What the third stage makes its standard input of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Stdin {
+    /// /dev/null.
+    Null,
+    /// The descriptor that comes along.
+    Given,
+    /// The terminal that comes along, which becomes its outputs too, and that of a new session.
+    Terminal,
 }
 
 /// One JSON text and a line end. JSON holds no raw line ends.
@@ -262,6 +354,7 @@ mod tests {
             drain_at: None,
             grace: Duration::ZERO,
             forward_output: false,
+            stdio: Stdio::Null,
         };
         assert!(!format!("{spec:?}").contains("hush"));
     }

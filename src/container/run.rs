@@ -1,10 +1,12 @@
 //! One run of a container, from the third stage to the death of its last process.
 
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill, killpg};
@@ -12,9 +14,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::log::{Log, Output};
-use super::output::Outputs;
-use super::process;
-use super::protocol::{ContainerSpec, End, Event, Launch, StartError, line};
+use super::output::{Outputs, Sink};
+use super::peer::set_nonblocking;
+use super::protocol::{ContainerSpec, End, Event, Launch, Session, StartError, Stdin, Stdio, line};
+use super::{descriptors, process, terminal};
 
 /// What got SIGKILL and is there after this long sleeps in the kernel (state D) or is not ours to kill (setuid).
 const SURVIVORS_LIMIT: Duration = Duration::from_secs(2);
@@ -43,19 +46,49 @@ pub(super) struct Launcher {
 
 impl Launcher {
     pub(super) fn spawn() -> io::Result<Self> {
+        Self::spawn_with(std::process::Stdio::piped(), std::process::Stdio::piped())
+    }
+
+    /// With outputs that somebody else reads.
+    pub(super) fn spawn_with(stdout: std::process::Stdio, stderr: std::process::Stdio) -> io::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         let mut child = Command::new("/proc/self/exe")
             .arg0("jiriaf-pilot")
             .arg("launch")
             // The container's comes down the socket: so no LD_ variable of its touches our own program.
             .env_clear()
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdin(std::process::Stdio::from(OwnedFd::from(theirs)))
+            .stdout(stdout)
+            .stderr(stderr)
             .spawn()?;
         let outputs = Outputs::new(&mut child)?;
         Ok(Self { pid: i32::try_from(child.id()).unwrap_or(i32::MAX), socket, outputs })
     }
+
+    /// Tells the third stage what it is to become, with the descriptor that its standard input is made of. Returns the
+    /// socket on which it may still complain.
+    pub(super) fn launch(
+        mut self,
+        launch: &Launch,
+        stdin: Option<&OwnedFd>,
+    ) -> io::Result<(UnixStream, Outputs)> {
+        self.socket.set_write_timeout(Some(LAUNCH_LIMIT))?;
+        let text = line(launch);
+        let beside: Vec<_> = stdin.iter().map(|fd| fd.as_fd()).collect();
+        let sent = descriptors::send(self.socket.as_fd(), &text, &beside)?;
+        self.socket.write_all(&text[sent..])?;
+        self.socket.set_nonblocking(true)?;
+        Ok((self.socket, self.outputs))
+    }
+}
+
+/// What a program that is run in a container besides its own shares with it.
+#[derive(Clone)]
+pub(super) struct Surroundings {
+    pub(super) env: Vec<(String, String)>,
+    pub(super) working_dir: PathBuf,
+    pub(super) session: Session,
+    pub(super) oom_score_adj: Option<i32>,
 }
 
 /// A container that was started.
@@ -76,30 +109,41 @@ pub(super) struct Running {
     pub(super) forward: bool,
     pub(super) orphan_timeout: Duration,
     pub(super) grace: Duration,
+    /// Our end of the program's standard input, where it has one.
+    pub(super) stdin: Option<File>,
+    /// Whether that ends with the first client that ends it.
+    pub(super) stdin_once: bool,
+    pub(super) surroundings: Surroundings,
 }
 
 impl Running {
     /// Gives the third stage what it is to become.
     pub(super) fn start(launcher: Launcher, spec: ContainerSpec) -> io::Result<Self> {
-        let Launcher { pid, mut socket, outputs } = launcher;
+        let pid = launcher.pid;
         let log = Log::new(spec.log.clone(), spec.log_limits);
+        let surroundings = Surroundings {
+            env: spec.env.clone(),
+            working_dir: spec.working_dir.clone(),
+            session: spec.session,
+            oom_score_adj: spec.oom_score_adj,
+        };
+        let ends = Ends::make(spec.stdio)?;
         let launch = Launch {
             argv: spec.argv,
             env: spec.env,
             working_dir: spec.working_dir,
-            container_dir: spec.container_dir,
-            log: spec.log,
+            container_dir: Some(spec.container_dir),
+            log: Some(spec.log),
             session: spec.session,
             oom_score_adj: spec.oom_score_adj,
+            stdin: ends.kind,
         };
-        socket.set_write_timeout(Some(LAUNCH_LIMIT))?;
-        socket.write_all(&line(&launch))?;
-        socket.set_nonblocking(true)?;
+        let (socket, outputs) = launcher.launch(&launch, ends.theirs.as_ref())?;
         Ok(Self {
             pid,
             launch: Some(socket),
             answer: Vec::new(),
-            outputs,
+            outputs: ends.outputs.unwrap_or(outputs),
             log,
             started_at: None,
             first: None,
@@ -108,6 +152,9 @@ impl Running {
             forward: spec.forward_output,
             orphan_timeout: spec.orphan_timeout,
             grace: spec.grace,
+            stdin: ends.input,
+            stdin_once: ends.once,
+            surroundings,
         })
     }
 
@@ -159,19 +206,15 @@ impl Running {
         }
     }
 
-    /// Kills what is left of the container and tells how it ended. `told` gets what is still to be told before.
-    pub(super) fn end(mut self, told: &mut dyn FnMut(Event)) -> Event {
+    /// Kills what is left of the container and tells how it ended. `sink` gets the rest of its output, `told` what is
+    /// still to be told before.
+    pub(super) fn end(mut self, sink: &mut dyn Sink, told: &mut dyn FnMut(Event)) -> Event {
         let survivors = end_tree(|pid, status| self.note(pid, status));
         // The tree is dead, so the socket has its end.
         if let Some(event) = self.hear_launch() {
             told(event);
         }
-        let forward = self.forward;
-        self.outputs.read_rest(&mut self.log, &mut |output, line| {
-            if forward {
-                told(output_event(output, line));
-            }
-        });
+        self.outputs.read_rest(&mut self.log, sink);
         let log = self.log.finish(LOG_LIMIT);
         if let Some(error) = self.start_error() {
             return Event::StartFailed(error);
@@ -202,13 +245,50 @@ impl Running {
 
     /// Why the program never began, where the third stage said so.
     fn start_error(&self) -> Option<StartError> {
-        if self.answer.is_empty() {
-            return None;
+        start_error(&self.answer)
+    }
+}
+
+/// What the third stage said before it could become the program; nothing when it did.
+pub(super) fn start_error(answer: &[u8]) -> Option<StartError> {
+    if answer.is_empty() {
+        return None;
+    }
+    Some(serde_json::from_slice(answer).unwrap_or_else(|_| StartError::Other {
+        what: "starting the program".to_owned(),
+        problem: String::from_utf8_lossy(answer).into_owned(),
+    }))
+}
+
+/// The two ends of a program's standard input.
+struct Ends {
+    kind: Stdin,
+    theirs: Option<OwnedFd>,
+    input: Option<File>,
+    once: bool,
+    /// Instead of the pipes.
+    outputs: Option<Outputs>,
+}
+
+impl Ends {
+    fn make(stdio: Stdio) -> io::Result<Self> {
+        match stdio {
+            Stdio::Null => {
+                Ok(Self { kind: Stdin::Null, theirs: None, input: None, once: false, outputs: None })
+            }
+            Stdio::Input { once } => {
+                let (theirs, ours) = io::pipe()?;
+                set_nonblocking(ours.as_fd())?;
+                let input = Some(File::from(OwnedFd::from(ours)));
+                Ok(Self { kind: Stdin::Given, theirs: Some(theirs.into()), input, once, outputs: None })
+            }
+            Stdio::Terminal { input, once } => {
+                let (ours, theirs) = terminal::open()?;
+                let input = if input { Some(File::from(ours.try_clone()?)) } else { None };
+                let outputs = Some(Outputs::of_terminal(ours)?);
+                Ok(Self { kind: Stdin::Terminal, theirs: Some(theirs), input, once, outputs })
+            }
         }
-        Some(serde_json::from_slice(&self.answer).unwrap_or_else(|_| StartError::Other {
-            what: "starting the container".to_owned(),
-            problem: String::from_utf8_lossy(&self.answer).into_owned(),
-        }))
     }
 }
 

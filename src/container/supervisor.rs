@@ -24,7 +24,8 @@ use super::log::Output;
 use super::peer::Peer;
 use super::process::Identity;
 use super::protocol::{ContainerSpec, Event, Order, StartError, line};
-use super::run::{Launcher, Running, end_tree, output_event, reap};
+use super::run::{Launcher, Running, end_tree, reap};
+use super::sessions::{Listeners, Sessions};
 
 /// The file with the supervisor's identity, in its state directory.
 pub(super) const IDENTITY: &str = "pid";
@@ -77,6 +78,7 @@ struct Supervisor {
     /// The third stage, until there is something to start.
     launcher: Option<Launcher>,
     running: Option<Running>,
+    sessions: Sessions,
     over: Option<Instant>,
     drain_at: Option<SystemTime>,
     alone_since: Option<Instant>,
@@ -93,6 +95,10 @@ enum Source {
     Peer(usize),
     Launch,
     Output(Output),
+    /// A client has input.
+    Input(usize),
+    /// The container takes input.
+    Stdin,
 }
 
 impl Supervisor {
@@ -122,6 +128,7 @@ impl Supervisor {
             told: Vec::new(),
             launcher: Some(Launcher::spawn()?),
             running: None,
+            sessions: Sessions::default(),
             over: None,
             drain_at: None,
             alone_since: None,
@@ -179,6 +186,14 @@ impl Supervisor {
             }
             // A terminal that takes no more holds the output up, as a pipe would; a log that hangs does not.
             let full = running.forward && self.peers.iter().any(Peer::is_full);
+            for (index, fd) in self.sessions.inputs() {
+                sources.push(Source::Input(index));
+                fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            }
+            if let Some(stdin) = running.stdin.as_ref().filter(|_| self.sessions.has_input()) {
+                sources.push(Source::Stdin);
+                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLOUT));
+            }
             busy = !running.log.has_room() || full;
             if !busy {
                 for output in [Output::Stdout, Output::Stderr] {
@@ -200,8 +215,10 @@ impl Supervisor {
             if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
                 readable.push(source);
             }
-            if let (Source::Peer(index), true) = (source, events.contains(PollFlags::POLLOUT)) {
-                writable.push(index);
+            match source {
+                Source::Peer(index) if events.contains(PollFlags::POLLOUT) => writable.push(index),
+                Source::Stdin if events.contains(PollFlags::POLLOUT) => readable.push(source),
+                _ => {}
             }
         }
         Ok((readable, writable))
@@ -247,6 +264,16 @@ impl Supervisor {
             }
             Source::Launch => self.on_launch(),
             Source::Output(output) => self.on_output(output),
+            Source::Input(index) => {
+                if let Some(running) = &mut self.running {
+                    self.sessions.on_input(index, &mut running.stdin, running.stdin_once);
+                }
+            }
+            Source::Stdin => {
+                if let Some(running) = &mut self.running {
+                    self.sessions.feed(&mut running.stdin);
+                }
+            }
         }
     }
 
@@ -268,13 +295,23 @@ impl Supervisor {
             orders.extend(peer.orders());
         }
         self.peers.retain(|peer| !peer.is_closed());
-        for order in orders {
+        for (order, given) in orders {
             match order {
                 Order::Start(spec) => self.start(*spec),
                 Order::Terminate(grace) => self.terminate(grace),
                 Order::Drain(at) => self.drain_at = Some(at),
                 // Only the end can be acknowledged: a pilot that gives up before is one that has gone.
                 Order::Acknowledge => self.done = self.over.is_some() || self.running.is_none(),
+                Order::Exec(spec) => {
+                    let surroundings = self.running.as_ref().map(|running| running.surroundings.clone());
+                    if let Some(failed) = self.sessions.exec(spec, given, surroundings) {
+                        self.tell(failed);
+                    }
+                }
+                Order::Signal { id, signal } => self.sessions.signal(id, signal),
+                Order::Attach { input } if self.running.is_some() => self.sessions.attach(input, given),
+                // The descriptors close, which tells the client.
+                Order::Attach { .. } => {}
             }
         }
         if self.peers.is_empty() {
@@ -293,7 +330,8 @@ impl Supervisor {
         for peer in &mut self.peers {
             peer.send(&bytes);
         }
-        if !matches!(event, Event::Output { .. }) {
+        // A pilot that comes later knows of no client of before.
+        if !matches!(event, Event::Output { .. } | Event::ExecEnded { .. } | Event::ExecFailed { .. }) {
             self.told.push(event);
         }
     }
@@ -329,25 +367,25 @@ impl Supervisor {
 
     fn on_output(&mut self, output: Output) {
         let Some(running) = &mut self.running else { return };
-        let forward = running.forward;
-        let mut events = Vec::new();
-        running.outputs.read(output, &mut running.log, &mut |line| {
-            if forward {
-                events.push(output_event(output, line));
-            }
-        });
-        for event in events {
+        let mut listeners = Listeners::new(&mut self.sessions, running.forward);
+        running.outputs.read(output, &mut running.log, &mut listeners);
+        for event in listeners.events {
             self.tell(event);
         }
     }
 
     fn on_children(&mut self) {
+        let mut ended = Vec::new();
         reap(|pid, status| {
             if let Some(running) = &mut self.running {
                 running.note(pid, status);
             }
+            ended.extend(self.sessions.note(pid, status));
             self.launcher.take_if(|launcher| launcher.pid == pid);
         });
+        for event in ended {
+            self.tell(event);
+        }
         if self.running.as_ref().is_some_and(|running| running.first.is_some()) {
             self.end();
         }
@@ -363,7 +401,14 @@ impl Supervisor {
 
     fn end(&mut self) {
         let Some(running) = self.running.take() else { return };
-        let end = running.end(&mut |event| self.tell(event));
+        let mut told = Vec::new();
+        let mut listeners = Listeners::new(&mut self.sessions, running.forward);
+        let end = running.end(&mut listeners, &mut |event| told.push(event));
+        told.append(&mut listeners.events);
+        told.extend(self.sessions.end());
+        for event in told {
+            self.tell(event);
+        }
         self.finish(end);
     }
 

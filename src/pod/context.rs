@@ -14,6 +14,7 @@ use super::directory::ProcessIdentity;
 use super::events::Events;
 use super::expansion::Expand;
 use super::record::Records;
+use super::roster::Roster;
 use crate::container::{Session, Supervisors};
 
 /// How many pieces of work on the pods directory go on at once: half of the runtime's blocking threads. A home directory
@@ -73,6 +74,8 @@ pub struct Context {
     pub drain: watch::Receiver<Option<SystemTime>>,
     /// True once the pilot drains.
     pub draining: watch::Receiver<bool>,
+    /// The pods as they are now, for those who only look.
+    pub roster: Roster,
     /// How containers start and end.
     pub policy: Policy,
     /// Where output goes besides the log.

@@ -82,7 +82,7 @@ impl Worker {
                 "SupervisorLost",
                 Some(message),
             ),
-            Event::Output { .. } => return,
+            Event::Output { .. } | Event::ExecEnded { .. } | Event::ExecFailed { .. } => return,
         };
         record.state = state;
         if let Some(message) = message {

@@ -26,6 +26,7 @@ use super::events::Kind;
 use super::outcome::Outcome;
 use super::publisher::Publisher;
 use super::record::Record;
+use super::session::RunHandle;
 use super::status::State;
 use crate::container::{ContainerId, Supervisor};
 
@@ -121,6 +122,8 @@ struct Stop {
 struct Container {
     name: String,
     run: Option<mpsc::Sender<Order>>,
+    /// By which others join that run.
+    handle: Option<RunHandle>,
     restart_at: Option<Instant>,
     back_off: BackOff,
 }
@@ -167,6 +170,7 @@ impl Worker {
             .map(|c| Container {
                 name: c.name.clone(),
                 run: None,
+                handle: None,
                 restart_at: None,
                 back_off: BackOff::default(),
             })
@@ -207,6 +211,7 @@ impl Worker {
         }
         loop {
             self.settle().await;
+            self.show();
             if self.is_finished() {
                 break;
             }
@@ -224,6 +229,7 @@ impl Worker {
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,
             }
         }
+        self.context.roster.remove(self.record.uid());
         let outcome = self.clear_away().await.map(Box::new);
         let _ = self.notes.send(Note::Finished(self.record.uid().to_owned(), outcome)).await;
     }

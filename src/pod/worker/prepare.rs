@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Container, Pod};
 
-use crate::container::{ContainerSpec, LogLimits};
+use crate::container::{ContainerSpec, LogLimits, Stdio};
 use crate::files;
 use crate::pod::api::{Api, ApiError, Token, TokenWish};
 use crate::pod::command_line::argv;
@@ -431,7 +431,18 @@ pub fn spec(
         drain_at: drain,
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
+        stdio: stdio(container),
     })
+}
+
+/// What the container's program reads and writes.
+fn stdio(container: &Container) -> Stdio {
+    let (input, once) = (container.stdin.unwrap_or(false), container.stdin_once.unwrap_or(false));
+    match container.tty {
+        Some(true) => Stdio::Terminal { input, once },
+        _ if input => Stdio::Input { once },
+        _ => Stdio::Null,
+    }
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
-use super::{DELETE_RETRY, Note, Why, Worker};
+use super::{Container, DELETE_RETRY, Note, Why, Worker};
 use crate::pod::context::on_disk;
 use crate::pod::directory;
 use crate::pod::outcome::Outcome;
+use crate::pod::roster::{ContainerView, PodView};
 use crate::pod::status::{self, ContainerRuntime, Ending, State, StatusInput};
 
 impl Worker {
@@ -63,6 +64,31 @@ impl Worker {
             self.record.last_status = Some(status.clone());
         }
         self.publisher.publish(status);
+    }
+
+    /// Enters the pod as it is now where others look.
+    pub(super) fn show(&self) {
+        let mut pod = self.record.pod.clone();
+        pod.status = Some(self.record.last_status.clone().unwrap_or_else(|| self.status()));
+        let view = |container: &Container| {
+            let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
+            let view = ContainerView {
+                state: record.state,
+                last: record.last,
+                restart: record.restart,
+                run: container.run.as_ref().and(container.handle.clone()),
+            };
+            (container.name.clone(), view)
+        };
+        self.context.roster.put(
+            self.record.uid(),
+            PodView {
+                pod,
+                admitted: self.record.admitted,
+                directory: self.record.directory.clone(),
+                containers: self.containers.iter().map(view).collect(),
+            },
+        );
     }
 
     /// Publishes, and takes the steps that only wait for the API server's word.

@@ -13,6 +13,7 @@ use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Why, Worker, del
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
 use crate::pod::events::Kind;
+use crate::pod::handler::Hook;
 use crate::pod::record::ContainerRecord;
 use crate::pod::status::{State, container_id};
 
@@ -198,11 +199,13 @@ impl Worker {
     pub(super) fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
-        let pod = self.record.pod.metadata.name.clone().unwrap_or_default();
+        let pod = self.record.pod.clone();
         let told = self.told_tx.clone();
-        let orders =
-            run::follow(Arc::clone(&self.context), supervisor, (index, restart), (pod, name), spec, told);
-        self.containers[index].run = Some(orders);
+        let pre_stop = Hook::pre_stop(&pod, index, &self.context.identity.ip);
+        let of = run::Of { index, restart, pod, container: name, pre_stop };
+        let (orders, handle) = run::follow(Arc::clone(&self.context), supervisor, of, spec, told);
+        let container = &mut self.containers[index];
+        (container.run, container.handle) = (Some(orders), Some(handle));
     }
 }
 

@@ -1,0 +1,76 @@
+//! The pods of this Node as they are now, for those who only look: the Node's own API, metrics. Each pod's worker keeps
+//! its own entry true.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+
+use super::session::RunHandle;
+use super::status::{State, Terminated};
+
+/// All pods, by uid.
+#[derive(Debug, Default)]
+pub struct Roster(Mutex<BTreeMap<String, Arc<PodView>>>);
+
+/// A pod as it is now.
+#[derive(Debug, Clone)]
+pub struct PodView {
+    /// The pod, with its status as this pilot last made it.
+    pub pod: Pod,
+    /// When it was admitted.
+    pub admitted: Timestamp,
+    /// Its directory, once there is one.
+    pub directory: Option<PathBuf>,
+    /// Its containers, by name.
+    pub containers: BTreeMap<String, ContainerView>,
+}
+
+/// A container as it is now.
+#[derive(Debug, Clone)]
+pub struct ContainerView {
+    /// What it does.
+    pub state: State,
+    /// How its last run but one ended.
+    pub last: Option<Terminated>,
+    /// The number of its run, whose log has that name.
+    pub restart: u32,
+    /// Its run, while there is one.
+    pub run: Option<RunHandle>,
+}
+
+impl Roster {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<PodView>>> {
+        // Nobody panics with the lock held; a panic ends the process.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a pod, or what has become of it.
+    pub fn put(&self, uid: &str, view: PodView) {
+        self.lock().insert(uid.to_owned(), Arc::new(view));
+    }
+
+    /// The pod is gone.
+    pub fn remove(&self, uid: &str) {
+        self.lock().remove(uid);
+    }
+
+    /// All pods.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<PodView>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The pod of this name; of several, the one that was admitted last.
+    #[must_use]
+    pub fn find(&self, namespace: &str, name: &str) -> Option<Arc<PodView>> {
+        let all = self.lock();
+        let named = all.values().filter(|view| {
+            let meta = &view.pod.metadata;
+            meta.namespace.as_deref() == Some(namespace) && meta.name.as_deref() == Some(name)
+        });
+        named.max_by_key(|view| view.admitted).cloned()
+    }
+}

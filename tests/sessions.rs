@@ -1,0 +1,253 @@
+//! Programs that join a container, and clients of its input and output: the real binary's supervisors.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use jiriaf_pilot::container::{
+    ContainerId, ContainerSpec, Event, ExecStdio, LogLimits, MARK, Session, StartError, Stdio, Supervisor,
+    Supervisors, process, terminal,
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+struct Bed {
+    dir: tempfile::TempDir,
+    mark: String,
+}
+
+impl Bed {
+    fn new(name: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("c")).unwrap();
+        Self { dir, mark: format!("sessions-{name}-{}", std::process::id()) }
+    }
+
+    async fn start(&self, script: &str, stdio: Stdio, session: Session) -> Supervisor {
+        let here = self.dir.path().join("c");
+        let spec = ContainerSpec {
+            argv: vec!["bash".into(), "-c".into(), script.into()],
+            env: vec![
+                ("PATH".into(), std::env::var("PATH").unwrap()),
+                ("INSIDE".into(), "yes".into()),
+                (MARK.into(), format!("{}/x", self.mark)),
+            ],
+            working_dir: here.clone(),
+            log: here.join("logs/0.log"),
+            container_dir: here,
+            log_limits: LogLimits::default(),
+            session,
+            oom_score_adj: None,
+            orphan_timeout: SOON,
+            drain_at: None,
+            grace: Duration::from_millis(100),
+            forward_output: false,
+            stdio,
+        };
+        let binary = PathBuf::from(env!("CARGO_BIN_EXE_jiriaf-pilot"));
+        let all = Supervisors::new(&self.dir.path().join("state"), self.mark.clone()).unwrap();
+        let id = ContainerId { pod_uid: "0a-1".into(), name: "c1".into(), restart: 0 };
+        let mut supervisor = all.with_executable(binary).spawn(id).unwrap();
+        supervisor.start(spec).await;
+        assert!(matches!(next(&mut supervisor).await, Event::Started { .. }));
+        supervisor
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("c/logs/0.log")).unwrap_or_default()
+    }
+
+    fn left(&self) -> Vec<String> {
+        let marked = |pid: &i32| {
+            process::variable(*pid, MARK).is_some_and(|mark| mark.starts_with(&format!("{}/", self.mark)))
+        };
+        let alive = |pid: &i32| process::stat(*pid).is_some_and(|stat| stat.state != 'Z');
+        process::all().into_iter().filter(marked).filter(alive).map(process::describe).collect()
+    }
+}
+
+async fn next(supervisor: &mut Supervisor) -> Event {
+    tokio::time::timeout(SOON, supervisor.next()).await.expect("an event in time")
+}
+
+/// Ends the container; a supervisor whose end nobody acknowledges waits for a pilot.
+async fn finish(mut supervisor: Supervisor) {
+    supervisor.terminate(Duration::ZERO).await;
+    while !matches!(next(&mut supervisor).await, Event::Ended(_)) {}
+    supervisor.acknowledge().await;
+}
+
+async fn ended_with(mut supervisor: Supervisor, code: i32) {
+    let end = next(&mut supervisor).await;
+    assert!(matches!(&end, Event::Ended(end) if end.exit_code == code && end.log_lines_lost == 0), "{end:?}");
+    supervisor.acknowledge().await;
+}
+
+fn words(text: &[&str]) -> Vec<String> {
+    text.iter().map(|word| (*word).to_owned()).collect()
+}
+
+fn null() -> OwnedFd {
+    OwnedFd::from(File::options().read(true).write(true).open("/dev/null").unwrap())
+}
+
+fn pipe() -> (File, OwnedFd) {
+    let (read, write) = std::io::pipe().unwrap();
+    (File::from(OwnedFd::from(read)), write.into())
+}
+
+#[tokio::test]
+async fn a_program_runs_in_the_containers_surroundings() {
+    let bed = Bed::new("surroundings");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Own).await;
+    let (their_input, mut input) = {
+        let (read, write) = std::io::pipe().unwrap();
+        (OwnedFd::from(read), File::from(OwnedFd::from(write)))
+    };
+    let (mut stdout, theirs) = pipe();
+    let (mut stderr, their_errors) = pipe();
+    let script = "echo $INSIDE; pwd; cat; echo oops >&2; exit 7";
+    let stdio = ExecStdio::Pipes([their_input, theirs, their_errors]);
+    supervisor.exec(5, words(&["sh", "-c", script]), stdio).await;
+    input.write_all(b"typed\n").unwrap();
+    drop(input);
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 5, exit_code: 7 });
+    let (mut out, mut errors) = (String::new(), String::new());
+    stdout.read_to_string(&mut out).unwrap();
+    stderr.read_to_string(&mut errors).unwrap();
+    assert_eq!(out, format!("yes\n{}\ntyped\n", bed.dir.path().join("c").display()));
+    assert_eq!(errors, "oops\n");
+    // Neither its log nor its process group is the container's.
+    assert_eq!(bed.log(), "");
+    finish(supervisor).await;
+}
+
+#[tokio::test]
+async fn what_a_program_leaves_behind_ends_with_the_container() {
+    let bed = Bed::new("left");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Own).await;
+    let script = "setsid sleep 600 </dev/null >/dev/null 2>&1 & exit 0";
+    let pipes = || ExecStdio::Pipes([null(), null(), null()]);
+    supervisor.exec(1, words(&["bash", "-c", script]), pipes()).await;
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 1, exit_code: 0 });
+    supervisor.exec(2, words(&["sleep", "600"]), pipes()).await;
+    while bed.left().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    supervisor.terminate(Duration::from_millis(50)).await;
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 2, exit_code: 137 });
+    assert!(matches!(next(&mut supervisor).await, Event::Ended(_)));
+    supervisor.acknowledge().await;
+    assert_eq!(bed.left(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_program_that_is_not_there_is_named_and_a_signal_ends_one() {
+    let bed = Bed::new("missing");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Own).await;
+    let pipes = || ExecStdio::Pipes([null(), null(), null()]);
+    supervisor.exec(1, words(&["no-such-program"]), pipes()).await;
+    let error = StartError::NotFound { program: "no-such-program".into() };
+    assert_eq!(next(&mut supervisor).await, Event::ExecFailed { id: 1, error });
+    supervisor.exec(2, words(&["sleep", "600"]), pipes()).await;
+    // Before its exec the third stage has its own way with signals.
+    while !bed.left().iter().any(|process| process.contains("sleep")) || bed.left().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    supervisor.signal_exec(2, nix::sys::signal::Signal::SIGHUP).await;
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 2, exit_code: 129 });
+    finish(supervisor).await;
+}
+
+async fn terminal_in(session: Session) {
+    let bed = Bed::new("terminal");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, session).await;
+    let (ours, theirs) = terminal::open().unwrap();
+    terminal::resize(&ours, 101, 33).unwrap();
+    let script = "tty; stty size; read line; echo got $line; exit 3";
+    supervisor.exec(1, words(&["bash", "-c", script]), ExecStdio::Terminal(theirs)).await;
+    let mut ours = File::from(ours);
+    ours.write_all(b"hello\n").unwrap();
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 1, exit_code: 3 });
+    let (mut bytes, mut text) = ([0; 512], String::new());
+    // The terminal's end is an error (EIO), after all that was written.
+    while let Ok(n) = ours.read(&mut bytes) {
+        text += &String::from_utf8_lossy(&bytes[..n]);
+    }
+    assert!(text.contains("/dev/pts/") && text.contains("33 101") && text.contains("got hello"), "{text:?}");
+    finish(supervisor).await;
+}
+
+#[tokio::test]
+async fn a_program_has_a_terminal_of_its_own() {
+    terminal_in(Session::Own).await;
+    terminal_in(Session::Shared).await;
+}
+
+async fn read_until(file: &mut File, wanted: &str) -> String {
+    let (mut bytes, mut text, end) = ([0; 4096], String::new(), Instant::now() + SOON);
+    while !text.contains(wanted) {
+        assert!(Instant::now() < end, "{wanted:?} in {text:?}");
+        let n = file.read(&mut bytes).unwrap();
+        assert!(n > 0, "{wanted:?} in {text:?}");
+        text += &String::from_utf8_lossy(&bytes[..n]);
+    }
+    text
+}
+
+#[tokio::test]
+async fn an_attached_client_gives_input_and_ends_it_once() {
+    let bed = Bed::new("attach");
+    let mut supervisor = bed.start("cat; exit 4", Stdio::Input { once: true }, Session::Own).await;
+    let (their_input, mut input) = {
+        let (read, write) = std::io::pipe().unwrap();
+        (OwnedFd::from(read), File::from(OwnedFd::from(write)))
+    };
+    let (mut stdout, theirs) = pipe();
+    supervisor.attach(true, [their_input, theirs, null()]).await;
+    input.write_all(b"to the container\n").unwrap();
+    read_until(&mut stdout, "to the container\n").await;
+    drop(input);
+    ended_with(supervisor, 4).await;
+    // The client learns of the end by that of its output.
+    assert_eq!(stdout.read(&mut [0; 16]).unwrap(), 0);
+    assert!(bed.log().ends_with("stdout F to the container\n"), "{}", bed.log());
+}
+
+#[tokio::test]
+async fn a_container_may_be_a_terminal() {
+    let bed = Bed::new("tty");
+    let stdio = Stdio::Terminal { input: true, once: false };
+    let mut supervisor = bed.start("tty; read line; echo got $line; exit 5", stdio, Session::Own).await;
+    let (their_input, mut input) = {
+        let (read, write) = std::io::pipe().unwrap();
+        (OwnedFd::from(read), File::from(OwnedFd::from(write)))
+    };
+    let (mut stdout, theirs) = pipe();
+    supervisor.attach(true, [their_input, theirs, null()]).await;
+    input.write_all(b"hi\n").unwrap();
+    read_until(&mut stdout, "got hi").await;
+    ended_with(supervisor, 5).await;
+    assert!(bed.log().contains("/dev/pts/") && bed.log().contains("got hi"), "{}", bed.log());
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_holds_no_container_up() {
+    let bed = Bed::new("slow");
+    let script = "for i in $(seq 1 20000); do echo line $i of many; done; exit 0";
+    let mut supervisor =
+        bed.start(&format!("read go; {script}"), Stdio::Input { once: false }, Session::Own).await;
+    let (their_input, mut input) = {
+        let (read, write) = std::io::pipe().unwrap();
+        (OwnedFd::from(read), File::from(OwnedFd::from(write)))
+    };
+    let (_never_read, theirs) = pipe();
+    supervisor.attach(true, [their_input, theirs, null()]).await;
+    input.write_all(b"go\n").unwrap();
+    ended_with(supervisor, 0).await;
+    assert!(bed.log().contains("line 20000 of many"));
+}
