@@ -320,6 +320,11 @@ impl Supervisor {
         self.order_with(&order, &[input.as_fd(), stdout.as_fd(), stderr.as_fd()]).await;
     }
 
+    /// Tells the container's own terminal how large it is.
+    pub async fn resize(&mut self, columns: u16, rows: u16) {
+        self.order(&Order::Resize { columns, rows }).await;
+    }
+
     async fn order_with(&mut self, order: &Order, descriptors: &[BorrowedFd<'_>]) {
         let text = line(order);
         let socket: &UnixStream = self.writer.as_ref();

@@ -8,6 +8,8 @@ mod descriptors;
 mod exec;
 mod launch;
 mod log;
+pub mod log_reader;
+pub mod log_watch;
 mod output;
 mod peer;
 pub mod process;

@@ -256,6 +256,8 @@ pub(super) enum Order {
     /// Somebody listens to the container's output from now on, and may give it input. Descriptors come along: where input
     /// comes from, where standard output goes, where standard error goes.
     Attach { input: bool },
+    /// The container's own terminal has another size.
+    Resize { columns: u16, rows: u16 },
 }
 
 impl Order {
@@ -264,11 +266,7 @@ impl Order {
         match self {
             Self::Exec(spec) if spec.terminal => 1,
             Self::Exec(_) | Self::Attach { .. } => 3,
-            Self::Start(_)
-            | Self::Terminate(_)
-            | Self::Drain(_)
-            | Self::Acknowledge
-            | Self::Signal { .. } => 0,
+            _ => 0,
         }
     }
 }

@@ -113,6 +113,8 @@ pub(super) struct Running {
     pub(super) stdin: Option<File>,
     /// Whether that ends with the first client that ends it.
     pub(super) stdin_once: bool,
+    /// Our end of the program's terminal, where it has one.
+    pub(super) terminal: Option<File>,
     pub(super) surroundings: Surroundings,
 }
 
@@ -153,6 +155,7 @@ impl Running {
             orphan_timeout: spec.orphan_timeout,
             grace: spec.grace,
             stdin: ends.input,
+            terminal: ends.terminal,
             stdin_once: ends.once,
             surroundings,
         })
@@ -266,27 +269,29 @@ struct Ends {
     theirs: Option<OwnedFd>,
     input: Option<File>,
     once: bool,
+    terminal: Option<File>,
     /// Instead of the pipes.
     outputs: Option<Outputs>,
 }
 
 impl Ends {
     fn make(stdio: Stdio) -> io::Result<Self> {
+        let none =
+            Self { kind: Stdin::Null, theirs: None, input: None, once: false, terminal: None, outputs: None };
         match stdio {
-            Stdio::Null => {
-                Ok(Self { kind: Stdin::Null, theirs: None, input: None, once: false, outputs: None })
-            }
+            Stdio::Null => Ok(none),
             Stdio::Input { once } => {
                 let (theirs, ours) = io::pipe()?;
                 set_nonblocking(ours.as_fd())?;
                 let input = Some(File::from(OwnedFd::from(ours)));
-                Ok(Self { kind: Stdin::Given, theirs: Some(theirs.into()), input, once, outputs: None })
+                Ok(Self { kind: Stdin::Given, theirs: Some(theirs.into()), input, once, ..none })
             }
             Stdio::Terminal { input, once } => {
                 let (ours, theirs) = terminal::open()?;
                 let input = if input { Some(File::from(ours.try_clone()?)) } else { None };
+                let terminal = Some(File::from(ours.try_clone()?));
                 let outputs = Some(Outputs::of_terminal(ours)?);
-                Ok(Self { kind: Stdin::Terminal, theirs: Some(theirs), input, once, outputs })
+                Ok(Self { kind: Stdin::Terminal, theirs: Some(theirs), input, once, terminal, outputs })
             }
         }
     }

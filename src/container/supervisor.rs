@@ -310,6 +310,10 @@ impl Supervisor {
                 }
                 Order::Signal { id, signal } => self.sessions.signal(id, signal),
                 Order::Attach { input } if self.running.is_some() => self.sessions.attach(input, given),
+                Order::Resize { columns, rows } => {
+                    let terminal = self.running.as_ref().and_then(|running| running.terminal.as_ref());
+                    let _ = terminal.map(|terminal| super::terminal::resize(terminal, columns, rows));
+                }
                 // The descriptors close, which tells the client.
                 Order::Attach { .. } => {}
             }

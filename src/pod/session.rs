@@ -38,6 +38,13 @@ pub enum Request {
         /// The signal.
         signal: Signal,
     },
+    /// The container's own terminal has another size.
+    Resize {
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
     /// Join the container's input and output.
     Attach {
         /// Whether there is input.
@@ -87,6 +94,11 @@ impl RunHandle {
         Ok(Exec { id, requests: self.requests.clone(), ended })
     }
 
+    /// Tells the container's own terminal how large it is.
+    pub async fn resize(&self, columns: u16, rows: u16) {
+        let _ = self.requests.send(Request::Resize { columns, rows }).await;
+    }
+
     /// Joins the container's input and output; the descriptors close when it ends.
     ///
     /// # Errors
@@ -133,6 +145,7 @@ impl Joined {
                 supervisor.exec(id, argv, stdio).await;
             }
             Request::Signal { id, signal } => supervisor.signal_exec(id, signal).await,
+            Request::Resize { columns, rows } => supervisor.resize(columns, rows).await,
             Request::Attach { input, descriptors } => supervisor.attach(input, descriptors).await,
         }
     }
