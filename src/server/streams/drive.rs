@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::link::Link;
-use super::{DRAIN, Ended, LINGER, PROBE};
+use super::{DRAIN, Ended, LINGER};
 
 /// How long a client that leaves or broke the protocol may take to accept our last word.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
@@ -64,6 +64,10 @@ pub(super) async fn drive(
     tokio::select! {
         received = &mut receive => {
             let last_words = link.is_closing();
+            let violation = matches!(received.why, Ended::Violation(_));
+            if violation {
+                link.blame();
+            }
             link.close();
             if last_words {
                 // It may have closed only its own side, as soon as it knew that the end was near.
@@ -71,7 +75,7 @@ pub(super) async fn drive(
                     _ = &mut send => link.end(Ended::Finished, true),
                     why = watch(&link) => link.end(why, false),
                 }
-            } else if matches!(received.why, Ended::Violation(_)) {
+            } else if violation {
                 let _ = timeout(FAREWELL, &mut send).await;
             }
             link.end(received.why, received.clean);
@@ -112,8 +116,9 @@ async fn watch(link: &Link) -> Ended {
 
 /// Gives a stream bytes from the client, and waits for its reader by the rules of the parent module.
 pub(super) async fn deliver(link: &Link, stream: u32, mut bytes: &[u8]) {
+    let first = link.settings().probe.min(link.settings().stall);
     while !bytes.is_empty() {
-        let taken = match timeout(PROBE, poll_fn(|cx| link.poll_deliver(cx, stream, bytes))).await {
+        let taken = match timeout(first, poll_fn(|cx| link.poll_deliver(cx, stream, bytes))).await {
             Ok(taken) => taken,
             Err(_) => stalled(link, stream, bytes).await,
         };
@@ -122,9 +127,10 @@ pub(super) async fn deliver(link: &Link, stream: u32, mut bytes: &[u8]) {
     }
 }
 
-/// A reader has taken nothing for [`PROBE`].
+/// A reader has taken nothing for a while.
 async fn stalled(link: &Link, stream: u32, bytes: &[u8]) -> usize {
-    let limit = Instant::now() + link.settings().stall.saturating_sub(PROBE);
+    let settings = link.settings();
+    let limit = Instant::now() + settings.stall.saturating_sub(settings.probe);
     loop {
         if limit <= Instant::now() {
             tracing::info!(stream, "a stream that nobody reads is reset, since it holds up its connection");
@@ -132,7 +138,7 @@ async fn stalled(link: &Link, stream: u32, bytes: &[u8]) -> usize {
             return bytes.len();
         }
         link.probe();
-        let wait = PROBE.min(limit - Instant::now());
+        let wait = settings.probe.min(limit - Instant::now());
         if let Ok(taken) = timeout(wait, poll_fn(|cx| link.poll_deliver(cx, stream, bytes))).await {
             return taken;
         }

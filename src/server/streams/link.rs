@@ -1,18 +1,18 @@
 //! What the streams of one connection and its task share: what was received and not read, what waits to be sent.
 //!
-//! [`Link::open`] makes a stream's two halves, [`StreamReader`] and [`StreamWriter`]; the rules are in the parent module.
+//! [`Link::open`] makes a stream's two halves; the rules are in the parent module.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::ReadBuf;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::stream::{Closed, StreamReader, StreamWriter};
 use super::{CHUNK, CONTROL_BACKLOG, Ended, OUTBOX, STREAM_BUFFER, Settings};
 
 /// How a stream's bytes are put into what the connection carries.
@@ -94,6 +94,7 @@ struct State {
     sender: Option<Waker>,
     receiver: Option<Waker>,
     closing: bool,
+    blamed: bool,
     ended: Option<Ended>,
     active: Instant,
 }
@@ -124,6 +125,7 @@ impl Link {
                 sender: None,
                 receiver: None,
                 closing: false,
+                blamed: false,
                 ended: None,
                 active: Instant::now(),
             }),
@@ -143,7 +145,14 @@ impl Link {
     /// A new stream of this number, which is not in use.
     pub(super) fn open(self: &Arc<Self>, id: u32) -> (StreamReader, StreamWriter) {
         self.state().streams.insert(id, Stream::default());
-        (StreamReader { link: self.clone(), id }, StreamWriter { link: self.clone(), id, mark: 0 })
+        (StreamReader::new(self.clone(), id), StreamWriter::new(self.clone(), id))
+    }
+
+    /// Bytes held for streams and for the client.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        let state = self.state();
+        state.queued + state.streams.values().map(|stream| stream.inbox.capacity()).sum::<usize>()
     }
 
     /// Streams that are not over.
@@ -160,6 +169,16 @@ impl Link {
         state.wake_receiver();
         drop(state);
         self.closing.notify_one();
+    }
+
+    /// The goodbye is to say that the client broke the protocol.
+    pub(super) fn blame(&self) {
+        self.state().blamed = true;
+    }
+
+    /// Whether [`Link::blame`] was called.
+    pub(super) fn blames(&self) -> bool {
+        self.state().blamed
     }
 
     /// Whether [`Link::close`] was called.
@@ -190,7 +209,7 @@ impl Link {
 
     /// Tells when and why the connection ends.
     pub(super) fn closed(&self) -> Closed {
-        Closed(self.ended.subscribe())
+        Closed::new(self.ended.subscribe())
     }
 
     /// Queues what is no stream's bytes.
@@ -311,10 +330,105 @@ impl Link {
         state.forget_if_over(id);
     }
 
+    /// Takes what a stream has received.
+    pub(super) fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        id: u32,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        let Some(stream) = state.streams.get_mut(&id) else { return Poll::Ready(Ok(())) };
+        if !stream.inbox.is_empty() {
+            let taken = stream.inbox.len().min(buf.remaining());
+            buf.put_slice(stream.inbox.get(..taken).unwrap_or_default());
+            stream.inbox.advance(taken);
+            state.wake_receiver();
+            return Poll::Ready(Ok(()));
+        }
+        match stream.end {
+            Some(End::Finished) => Poll::Ready(Ok(())),
+            Some(End::Reset) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            None => {
+                stream.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Nobody reads a stream any more.
+    pub(super) fn drop_reader(&self, id: u32) {
+        let mut state = self.state();
+        if let Some(stream) = state.streams.get_mut(&id) {
+            stream.reader_gone = true;
+            stream.inbox = BytesMut::new();
+        }
+        state.wake_receiver();
+        state.forget_if_over(id);
+    }
+
+    /// Queues bytes of a stream and says how many; `mark` becomes the units that were queued up to then.
+    pub(super) fn poll_write(
+        &self,
+        cx: &mut Context<'_>,
+        id: u32,
+        buf: &[u8],
+        mark: &mut u64,
+    ) -> Poll<io::Result<usize>> {
+        let mut state = self.state();
+        let done = state.streams.get(&id).is_none_or(|stream| stream.sent_all);
+        if done || state.closing || state.ended.is_some() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if state.queued >= OUTBOX {
+            state.wait_to_write(id, cx);
+            return Poll::Pending;
+        }
+        let bytes = buf.get(..CHUNK).unwrap_or(buf);
+        if !bytes.is_empty() {
+            state.push(Kind::Data, self.framing.data(id, bytes));
+            *mark = state.pushed;
+        }
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    /// Waits until all units up to `mark` are on their way.
+    pub(super) fn poll_flushed(&self, cx: &mut Context<'_>, id: u32, mark: u64) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        if state.flushed >= mark {
+            return Poll::Ready(Ok(()));
+        }
+        if state.ended.is_some() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        state.wait_to_write(id, cx);
+        Poll::Pending
+    }
+
+    /// Queues the last bytes of a stream, however much waits, and that no more will come; the units queued up to then.
+    pub(super) fn send_last(&self, id: u32, bytes: &[u8]) -> u64 {
+        let mut state = self.state();
+        if !bytes.is_empty() && state.streams.get(&id).is_some_and(|stream| !stream.sent_all) {
+            state.push(Kind::Control, self.framing.data(id, bytes));
+        }
+        state.send_last(id, self.framing.finish(id));
+        // After the end nothing is on its way any more.
+        state.pushed + u64::from(state.ended.is_some())
+    }
+
     /// Says that no more will be sent on a stream.
     pub(super) fn finish(&self, id: u32) {
+        self.send_last(id, &[]);
+    }
+
+    /// Nobody writes to a stream any more.
+    pub(super) fn drop_writer(&self, id: u32) {
         let mut state = self.state();
         state.send_last(id, self.framing.finish(id));
+        if let Some(stream) = state.streams.get_mut(&id) {
+            stream.writer_gone = true;
+        }
+        state.forget_if_over(id);
     }
 
     /// Sends nothing more on a stream, and need not say so: the client has told that it does not listen.
@@ -335,7 +449,7 @@ impl Link {
         state.forget_if_over(id);
     }
 
-    /// What the framing makes of a stream's bytes, as a unit of its own: for an empty message, which no write sends.
+    /// Queues a message of a stream by itself; an empty one too, which no write sends.
     pub(super) fn push_data(&self, id: u32, bytes: &[u8]) {
         let unit = self.framing.data(id, bytes);
         self.push(Kind::Control, unit);
@@ -417,187 +531,5 @@ impl State {
         if let Some(receiver) = self.receiver.take() {
             receiver.wake();
         }
-    }
-}
-
-/// Tells when a connection has ended, and why.
-#[derive(Debug, Clone)]
-pub struct Closed(watch::Receiver<Option<Ended>>);
-
-impl Closed {
-    /// Waits for the end: the client is gone, or this side has finished and nothing is left to do.
-    pub async fn wait(&mut self) -> Ended {
-        match self.0.wait_for(Option::is_some).await {
-            Ok(ended) => ended.clone().unwrap_or(Ended::Finished),
-            Err(_) => Ended::Finished,
-        }
-    }
-
-    /// The end, if it has come.
-    pub fn now(&self) -> Option<Ended> {
-        self.0.borrow().clone()
-    }
-}
-
-/// What comes from the client on one stream. End of file: the client has closed its side. An error: the stream or the
-/// connection was broken off. Dropped, it throws away what still comes.
-pub struct StreamReader {
-    link: Arc<Link>,
-    id: u32,
-}
-
-impl AsyncRead for StreamReader {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let mut state = self.link.state();
-        let Some(stream) = state.streams.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
-        if !stream.inbox.is_empty() {
-            let taken = stream.inbox.len().min(buf.remaining());
-            buf.put_slice(stream.inbox.get(..taken).unwrap_or_default());
-            stream.inbox.advance(taken);
-            state.wake_receiver();
-            return Poll::Ready(Ok(()));
-        }
-        match stream.end {
-            Some(End::Finished) => Poll::Ready(Ok(())),
-            Some(End::Reset) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            None => {
-                stream.reader = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
-
-impl Drop for StreamReader {
-    fn drop(&mut self) {
-        let mut state = self.link.state();
-        if let Some(stream) = state.streams.get_mut(&self.id) {
-            stream.reader_gone = true;
-            stream.inbox = BytesMut::new();
-        }
-        state.wake_receiver();
-        state.forget_if_over(self.id);
-    }
-}
-
-/// What goes to the client on one stream. A flush waits until the connection has taken all that was written.
-/// Shut down or dropped, it tells the client that no more comes, where the protocol can.
-pub struct StreamWriter {
-    link: Arc<Link>,
-    id: u32,
-    /// The units that were queued when this one last queued something.
-    mark: u64,
-}
-
-impl StreamWriter {
-    /// Breaks the stream off in both directions.
-    pub(super) fn reset(&self) {
-        self.link.reset(self.id);
-    }
-
-    /// The stream's number.
-    pub(super) fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Queues these bytes, however much waits, and that no more will come. A flush then waits for all of it.
-    pub(super) fn send_last(&mut self, bytes: &[u8]) {
-        let open = self.link.state().streams.get(&self.id).is_some_and(|stream| !stream.sent_all);
-        if open && !bytes.is_empty() {
-            self.link.push_data(self.id, bytes);
-        }
-        self.link.finish(self.id);
-        self.mark = self.link.state().pushed;
-    }
-
-    fn poll_flushed(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut state = self.link.state();
-        if state.flushed >= self.mark {
-            return Poll::Ready(Ok(()));
-        }
-        if state.ended.is_some() {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        state.wait_to_write(self.id, cx);
-        Poll::Pending
-    }
-}
-
-impl AsyncWrite for StreamWriter {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        let mut state = this.link.state();
-        let done = state.streams.get(&this.id).is_none_or(|stream| stream.sent_all);
-        if done || state.closing || state.ended.is_some() {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        if state.queued >= OUTBOX {
-            state.wait_to_write(this.id, cx);
-            return Poll::Pending;
-        }
-        let bytes = buf.get(..CHUNK).unwrap_or(buf);
-        if !bytes.is_empty() {
-            state.push(Kind::Data, this.link.framing.data(this.id, bytes));
-            this.mark = state.pushed;
-        }
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_flushed(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let before = this.link.state().pushed;
-        this.link.finish(this.id);
-        let after = this.link.state().pushed;
-        if after != before {
-            this.mark = after;
-        }
-        this.poll_flushed(cx)
-    }
-}
-
-impl Drop for StreamWriter {
-    fn drop(&mut self) {
-        self.link.finish(self.id);
-        let mut state = self.link.state();
-        if let Some(stream) = state.streams.get_mut(&self.id) {
-            stream.writer_gone = true;
-        }
-        state.forget_if_over(self.id);
-    }
-}
-
-/// Both halves of a stream.
-pub struct DuplexStream {
-    /// What comes from the client.
-    pub reader: StreamReader,
-    /// What goes to it.
-    pub writer: StreamWriter,
-}
-
-impl AsyncRead for DuplexStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.reader).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for DuplexStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.writer).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.writer).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.writer).poll_shutdown(cx)
     }
 }

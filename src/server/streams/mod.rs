@@ -9,7 +9,7 @@
 //! - **Received.** A stream holds up to [`STREAM_BUFFER`]. When one is full nothing more is read from the connection
 //!   (neither protocol has flow control that a client heeds), so its client is slowed down by TCP, and its other
 //!   streams with it. They wait for [`Settings::stall`] at most: then the stream that nobody reads is reset, what still
-//!   comes for it is thrown away, and the others go on. Every [`PROBE`] of such a wait a ping is sent, since a client
+//!   comes for it is thrown away, and the others go on. Every [`Settings::probe`] of such a wait a ping is sent, since a client
 //!   that is gone is then only noticed by writing. A stream whose reader was dropped is never full.
 //! - **Sent.** All streams together hold up to [`OUTBOX`]; a writer waits until there is room. Sending never waits
 //!   for receiving. Answers to the client (pings, replies, resets) come on top, up to [`CONTROL_BACKLOG`]: a client that
@@ -22,11 +22,14 @@ use std::time::Duration;
 
 mod drive;
 pub mod handshake;
-pub mod link;
+mod link;
 pub mod port_forward;
 pub mod remote_command;
-pub mod spdy;
-pub mod websocket;
+mod spdy;
+mod stream;
+mod websocket;
+
+pub use stream::{Closed, DuplexStream, StreamReader, StreamWriter};
 
 #[cfg(test)]
 mod tests;
@@ -44,9 +47,6 @@ pub const CONTROL_BACKLOG: usize = 64 * 1024;
 /// (client-go transport/websocket DataBufferSize).
 pub const CHUNK: usize = 32 * 1024;
 
-/// How often a client that is not read is asked whether it lives: a socket notices within two tries.
-pub const PROBE: Duration = Duration::from_secs(15);
-
 /// How long a client may take to close its side after ours; kubectl needs one round trip.
 pub const LINGER: Duration = Duration::from_secs(5);
 
@@ -62,6 +62,8 @@ pub struct Settings {
     pub idle: Duration,
     /// How long a stream that nobody reads may hold up the others of its connection.
     pub stall: Duration,
+    /// How often a client that is not read because of that is asked whether it lives.
+    pub probe: Duration,
     /// Most streams at once, those that only the client has not closed included.
     pub open: usize,
     /// Most streams in the life of the connection.
@@ -74,16 +76,25 @@ const CREATION: Duration = Duration::from_secs(30);
 /// kubelet's streamingConnectionIdleTimeout (pkg/kubelet/apis/config/v1beta1/defaults.go).
 const IDLE: Duration = Duration::from_secs(4 * 60 * 60);
 
+/// A socket whose other end is gone tells at the second try.
+const PROBE: Duration = Duration::from_secs(15);
+
 impl Settings {
     /// For exec and attach. Standard input may be left unread for as long as a command likes (`sleep 3600; cat`), and
     /// there is no other stream that matters, so its stall is the idle time.
     pub const REMOTE_COMMAND: Self =
-        Self { creation: CREATION, idle: IDLE, stall: IDLE, open: 16, total: 16 };
+        Self { creation: CREATION, idle: IDLE, stall: IDLE, probe: PROBE, open: 16, total: 16 };
 
     /// For port-forward: 256 connections at once, whose buffers can hold 64 MiB if all of them are left unread. A
     /// server in the pod that takes nothing for 30 s loses its connection, rather than all others.
-    pub const PORT_FORWARD: Self =
-        Self { creation: CREATION, idle: IDLE, stall: Duration::from_secs(30), open: 512, total: 1 << 20 };
+    pub const PORT_FORWARD: Self = Self {
+        creation: CREATION,
+        idle: IDLE,
+        stall: Duration::from_secs(30),
+        probe: PROBE,
+        open: 512,
+        total: 1 << 20,
+    };
 }
 
 /// Why a connection has ended.

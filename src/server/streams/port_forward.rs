@@ -12,10 +12,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::handshake::{self, Refusal};
-use super::link::{Closed, DuplexStream, Link, StreamWriter};
+use super::link::Link;
 use super::spdy::{self, headers::Headers};
 use super::websocket::{self, Channels, Coding, Tunnel};
-use super::{Error, Settings};
+use super::{Closed, DuplexStream, Ended, Error, Settings, StreamWriter};
 
 /// What SPDY clients may speak (cri-streaming portforward ProtocolV1Name).
 const SPDY_PROTOCOLS: &[&str] = &["portforward.k8s.io"];
@@ -33,7 +33,7 @@ const PORTS: usize = 32;
 /// Connections that wait for being taken.
 const WAITING: usize = 64;
 
-/// Most of a message about what went wrong.
+/// Most characters of a message about what went wrong.
 const MESSAGE: usize = 8 * 1024;
 
 /// Headers of a stream, in small letters (cri-streaming portforward/constants.go).
@@ -128,8 +128,8 @@ pub struct ErrorSender {
 impl ErrorSender {
     /// Says what went wrong and breaks the connection off.
     pub async fn fail(mut self, why: &str) -> Result<(), Error> {
-        let end = why.floor_char_boundary(MESSAGE);
-        self.writer.send_last(why.get(..end).unwrap_or_default().as_bytes());
+        let why: String = why.chars().take(MESSAGE).collect();
+        self.writer.send_last(why.as_bytes());
         self.link.reset(self.data);
         self.flush().await
     }
@@ -142,7 +142,7 @@ impl ErrorSender {
 
     async fn flush(&mut self) -> Result<(), Error> {
         let flushed = self.writer.flush().await;
-        flushed.map_err(|_| self.link.closed().now().unwrap_or(super::Ended::Gone).into())
+        flushed.map_err(|_| self.link.closed().now().unwrap_or(Ended::Gone).into())
     }
 }
 
@@ -319,11 +319,12 @@ fn hand_over(
     error: spdy::Incoming,
 ) {
     let error = ErrorSender { link: link.clone(), data: data.id, writer: error.stream.writer, _last: None };
+    let data_id = data.id;
     let forwarded = ForwardedStream { port, data: data.stream, error };
     if let Err(refused) = sender.try_send(forwarded) {
         let mut refused = refused.into_inner();
         refused.error.writer.send_last(b"too many connections wait to be forwarded");
-        refused.data.writer.reset();
+        link.reset(data_id);
     }
 }
 

@@ -12,10 +12,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::handshake::{self, Refusal};
-use super::link::{Closed, DuplexStream, Link, StreamReader, StreamWriter};
+use super::link::Link;
 use super::spdy::{self, headers::Headers};
 use super::websocket::{self, Channels, Coding};
-use super::{Ended, Error, Settings};
+use super::{Closed, DuplexStream, Ended, Error, Settings, StreamReader, StreamWriter};
 
 mod status;
 

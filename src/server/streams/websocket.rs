@@ -201,7 +201,8 @@ where
             }
             Next::Empty => poll_fn(|cx| link.poll_sendable(cx)).await,
             Next::Drained => {
-                let goodbye = CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() };
+                let code = if link.blames() { CloseCode::Protocol } else { CloseCode::Normal };
+                let goodbye = CloseFrame { code, reason: Utf8Bytes::default() };
                 output.send(Message::Close(Some(goodbye))).await.map_err(io_error)?;
                 link.flushed();
                 return Ok(());

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// Most of a message; the rest is cut.
+/// Most characters of a message; the rest is cut.
 const MESSAGE: usize = 8 * 1024;
 
 /// How a command ended.
@@ -57,8 +57,8 @@ impl Status {
             Self::Success | Self::Exit(0) => String::new(),
             Self::Exit(code) => format!("command terminated with non-zero exit code: exit code {code}"),
             Self::Failure(why) => {
-                let end = why.floor_char_boundary(MESSAGE);
-                format!("Internal error occurred: {}", why.get(..end).unwrap_or_default())
+                let why: String = why.chars().take(MESSAGE).collect();
+                format!("Internal error occurred: {why}")
             }
         };
         if style == Style::Text {

@@ -26,8 +26,6 @@ const FLAG_UNIDIRECTIONAL: u8 = 2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Reset {
-    /// The client broke the protocol.
-    ProtocolError = 1,
     /// The stream is not wanted.
     Refused = 3,
     /// The stream is not wanted any more.

@@ -10,9 +10,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use super::Settings;
 use super::drive::{self, Received};
-use super::link::{DuplexStream, End, Framing, Kind, Link, Next};
+use super::link::{End, Framing, Kind, Link, Next};
+use super::{DuplexStream, Settings};
 
 pub mod frame;
 pub mod headers;
@@ -84,14 +84,7 @@ where
             wanted,
             incoming: sender,
         };
-        let receive = async {
-            let received = reader.run().await;
-            if let super::Ended::Violation(_) = received.why {
-                reader.link.push(Kind::Control, frame::go_away(reader.last, true));
-            }
-            received
-        };
-        drive::drive(connection.clone(), receive, send(output, &connection)).await;
+        drive::drive(connection.clone(), reader.run(), send(output, &connection)).await;
     });
     (link, incoming)
 }
@@ -114,7 +107,7 @@ async fn send<W: AsyncWrite + Unpin>(mut output: W, link: &Link) -> io::Result<(
             Next::Empty => poll_fn(|cx| link.poll_sendable(cx)).await,
             Next::Drained => {
                 // The number of the last good stream would matter to who wants to open the others elsewhere.
-                output.write_all(&frame::go_away(0, false)).await?;
+                output.write_all(&frame::go_away(0, link.blames())).await?;
                 output.flush().await?;
                 link.flushed();
                 return output.shutdown().await;
