@@ -7,6 +7,8 @@ pub mod cli;
 pub mod commands;
 pub mod guardian;
 
+pub mod server;
+
 pub mod drain;
 pub mod node;
 pub mod pod;
