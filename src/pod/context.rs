@@ -75,7 +75,7 @@ pub struct Context {
     /// True once the pilot drains.
     pub draining: watch::Receiver<bool>,
     /// The pods as they are now, for those who only look.
-    pub roster: Roster,
+    pub roster: Arc<Roster>,
     /// How containers start and end.
     pub policy: Policy,
     /// Where output goes besides the log.

@@ -7,13 +7,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::watch;
 
 use super::session::RunHandle;
 use super::status::{State, Terminated};
 
 /// All pods, by uid.
-#[derive(Debug, Default)]
-pub struct Roster(Mutex<BTreeMap<String, Arc<PodView>>>);
+#[derive(Debug)]
+pub struct Roster {
+    pods: Mutex<BTreeMap<String, Arc<PodView>>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Default for Roster {
+    fn default() -> Self {
+        Self { pods: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+}
 
 /// A pod as it is now.
 #[derive(Debug, Clone)]
@@ -44,17 +54,31 @@ pub struct ContainerView {
 impl Roster {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<PodView>>> {
         // Nobody panics with the lock held; a panic ends the process.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Enters a pod, or what has become of it.
     pub fn put(&self, uid: &str, view: PodView) {
         self.lock().insert(uid.to_owned(), Arc::new(view));
+        self.changes.send_modify(|n| *n = n.wrapping_add(1));
     }
 
     /// The pod is gone.
     pub fn remove(&self, uid: &str) {
         self.lock().remove(uid);
+        self.changes.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    /// Tells when some pod changes.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The pod of this uid.
+    #[must_use]
+    pub fn get(&self, uid: &str) -> Option<Arc<PodView>> {
+        self.lock().get(uid).cloned()
     }
 
     /// All pods.

@@ -166,7 +166,7 @@ impl Joined {
 
 /// What a program leaves in its pipes when it ends is read at once; a process that it left behind may hold them open, and
 /// is waited for no longer than this.
-const REST_LIMIT: Duration = Duration::from_millis(250);
+pub const REST_LIMIT: Duration = Duration::from_millis(250);
 
 /// Runs a program in a container with no input; how it ended, and the first `limit` bytes of its output, both streams as
 /// they came. Dropping it leaves the program to SIGHUP.

@@ -141,7 +141,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         drain,
         draining: draining_rx,
         // Nobody starts `play` again, so its containers end with it.
-        roster: crate::pod::roster::Roster::default(),
+        roster: Arc::default(),
         policy: Policy { orphan_timeout: Duration::ZERO, ..policy(found.batch) },
         output: Some(output_tx),
     });

@@ -39,7 +39,6 @@ use crate::pod::directory;
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
-use crate::pod::roster::Roster;
 use crate::pod::{environment, source};
 
 /// How long a container goes on without a pilot; the guardian has started another one long before.
@@ -362,7 +361,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         allocatable: facts.allocatable.clone(),
         drain,
         draining,
-        roster: Roster::default(),
+        roster: Arc::default(),
         policy: policy(allocation.batch),
         output: None,
     });

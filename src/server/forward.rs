@@ -1,0 +1,74 @@
+//! `/portForward`: connections to what listens on this host for a pod. Pods have the host's network, so a port is the
+//! host's, by its loopback address. Source: cri-streaming `portforward`, kubelet's `server.go`.
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::body::Answer;
+use super::streams::Settings;
+use super::streams::port_forward::{self, ForwardedStream};
+
+/// One copy: what a kubelet's io.Copy moves at once.
+const COPY_BYTES: usize = 32 * 1024;
+
+/// Answers with 101 and forwards beside it until the client goes or the pod has ended.
+pub fn port_forward(
+    mut request: Request<Incoming>,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> Response<Answer> {
+    let query = request.uri().query().map(str::to_owned);
+    let negotiated = match port_forward::negotiate(request.method(), request.headers(), query.as_deref()) {
+        Ok(negotiated) => negotiated,
+        Err(refusal) => return refusal.response(),
+    };
+    let response = negotiated.response();
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let connection = match upgraded.await {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::info!(%error, "a port-forward could not begin");
+                return;
+            }
+        };
+        let mut forwarding = negotiated.accept(TokioIo::new(connection), Settings::PORT_FORWARD).await;
+        // All connections end with the client and with the pod.
+        let mut connections = JoinSet::new();
+        tokio::pin!(over);
+        loop {
+            tokio::select! {
+                stream = forwarding.streams.recv() => match stream {
+                    Some(stream) => { connections.spawn(forward(stream)); }
+                    None => break,
+                },
+                Some(_) = connections.join_next() => {}
+                _ = forwarding.closed.wait() => break,
+                () = &mut over => break,
+            }
+        }
+    });
+    response
+}
+
+async fn forward(stream: ForwardedStream) {
+    let ForwardedStream { port, mut data, error } = stream;
+    let mut server = match TcpStream::connect(("127.0.0.1", port)).await {
+        Ok(server) => server,
+        Err(problem) => {
+            let _ = error.fail(&format!("port {port} of this pod's host: {problem}")).await;
+            return;
+        }
+    };
+    let _ = server.set_nodelay(true);
+    let copied =
+        tokio::io::copy_bidirectional_with_sizes(&mut data, &mut server, COPY_BYTES, COPY_BYTES).await;
+    let _ = data.shutdown().await;
+    match copied {
+        Ok(_) => drop(error.finish().await),
+        Err(problem) => drop(error.fail(&format!("port {port} of this pod's host: {problem}")).await),
+    }
+}

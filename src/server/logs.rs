@@ -1,0 +1,316 @@
+//! `GET /containerLogs/<namespace>/<pod>/<container>`: what a container wrote. Sources: kubelet's `server.go`
+//! (getContainerLogs), `kubelet_pods.go` (validateContainerLogStatus), core/v1 `ValidatePodLogOptions`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+
+use super::body::{Answer, text};
+use super::find::Refused;
+use crate::container::log_reader::{Formatter, LogOptions, LogReader, count_lines};
+use crate::container::log_watch::LogWatch;
+use crate::pod::context::on_disk;
+use crate::pod::roster::{ContainerView, PodView, Roster};
+use crate::pod::status::State;
+
+/// One piece of an answer: large for the speed of a whole log, small for the memory of many slow clients.
+const PIECE_BYTES: usize = 256 * 1024;
+
+/// What a request asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogRequest {
+    /// Which part of the log.
+    pub options: LogOptions,
+    /// Whether to go on while the container runs.
+    pub follow: bool,
+    /// Whether the run before this one is meant.
+    pub previous: bool,
+}
+
+impl LogRequest {
+    /// Reads a query.
+    ///
+    /// # Errors
+    /// 400 for what cannot be read, 422 for what makes no sense: as a kubelet.
+    pub fn parse(query: Option<&str>, now: Timestamp) -> Result<Self, Refused> {
+        let undecodable =
+            |name: &str, value: &str| Refused::new(StatusCode::BAD_REQUEST, format!("Unable to decode query: {name}: invalid value {value:?}"));
+        let mut request = Self::default();
+        let mut since_seconds = None;
+        let mut since_time = None;
+        for (name, value) in super::find::query(query) {
+            let number = || value.parse::<i64>().map_err(|_| undecodable(&name, &value));
+            let flag = || match value.as_str() {
+                "" | "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+                "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+                _ => Err(undecodable(&name, &value)),
+            };
+            match name.as_str() {
+                "follow" => request.follow = flag()?,
+                "previous" => request.previous = flag()?,
+                "timestamps" => request.options.timestamps = flag()?,
+                "tailLines" => request.options.tail = Some(at_least(&name, number()?, 0)?),
+                // An old client's name for it.
+                "tail" if value == "all" => {}
+                "tail" => request.options.tail = Some(at_least(&name, number()?, 0)?),
+                "limitBytes" => request.options.limit_bytes = Some(at_least(&name, number()?, 1)?),
+                "sinceSeconds" => since_seconds = Some(at_least(&name, number()?, 1)?),
+                "sinceTime" => {
+                    since_time = Some(value.parse::<Timestamp>().map_err(|_| undecodable(&name, &value))?);
+                }
+                "stream" if value != "All" => {
+                    return Err(Refused::new(StatusCode::BAD_REQUEST, format!("stream {value:?}: only All is served")));
+                }
+                _ => {}
+            }
+        }
+        request.options.since = match (since_seconds, since_time) {
+            (Some(_), Some(_)) => {
+                return Err(Refused::new(
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                    "at most one of `sinceTime` or `sinceSeconds` may be specified",
+                ));
+            }
+            (Some(seconds), None) => {
+                let ago = jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
+                Some(now.checked_sub(ago).unwrap_or(Timestamp::MIN))
+            }
+            (None, time) => time,
+        };
+        Ok(request)
+    }
+}
+
+fn at_least(name: &str, value: i64, least: u64) -> Result<u64, Refused> {
+    u64::try_from(value).ok().filter(|value| *value >= least).ok_or_else(|| {
+        Refused::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            format!("{name}: Invalid value: {value}: must be greater than or equal to {least}"),
+        )
+    })
+}
+
+/// The number of the run whose log is meant.
+fn run_of(pod: &str, name: &str, container: &ContainerView, previous: bool) -> Result<u32, Refused> {
+    let bad = |message: String| Refused::new(StatusCode::BAD_REQUEST, message);
+    // While a container waits to run again its record still has the number of the run that ended.
+    let waits_again = matches!(container.state, State::Waiting { .. }) && container.last.is_some();
+    match (previous, &container.state) {
+        (true, _) if container.last.is_none() => {
+            Err(bad(format!("previous terminated container {name:?} in pod {pod:?} not found")))
+        }
+        (true, State::Waiting { .. }) => Ok(container.restart),
+        (true, _) => container
+            .restart
+            .checked_sub(1)
+            .ok_or_else(|| bad(format!("previous terminated container {name:?} in pod {pod:?} not found"))),
+        (false, State::Waiting { reason, .. }) if !waits_again => {
+            Err(bad(format!("container {name:?} in pod {pod:?} is waiting to start: {reason}")))
+        }
+        (false, _) => Ok(container.restart),
+    }
+}
+
+/// The answer. `view` and `name` are the pod and its container.
+///
+/// # Errors
+/// When there is no such log.
+pub async fn answer(
+    roster: &Arc<Roster>,
+    watch: &Arc<LogWatch>,
+    view: &Arc<PodView>,
+    name: &str,
+    request: LogRequest,
+) -> Result<Response<Answer>, Refused> {
+    let pod = view.pod.metadata.name.clone().unwrap_or_default();
+    let waiting = ContainerView { state: State::default(), last: None, restart: 0, run: None };
+    let container = view.containers.get(name).unwrap_or(&waiting);
+    let run = run_of(&pod, name, container, request.previous)?;
+    let Some(directory) = &view.directory else {
+        return Err(Refused::new(
+            StatusCode::BAD_REQUEST,
+            format!("container {name:?} in pod {pod:?} has no log: its directory was never made"),
+        ));
+    };
+    let path = log_path(directory, name, run);
+    let (pieces, body) = Answer::pieces();
+    let source = Source {
+        uid: view.pod.metadata.uid.clone().unwrap_or_default(),
+        container: name.to_owned(),
+        run,
+        roster: Arc::clone(roster),
+        watch: Arc::clone(watch),
+    };
+    tokio::spawn(async move {
+        if let Err(error) = send(path.clone(), request, source, &pieces).await {
+            tracing::warn!(path = %path.display(), %error, "a container's log could not be read");
+        }
+    });
+    let mut response = text(StatusCode::OK, String::new());
+    *response.body_mut() = body;
+    Ok(response)
+}
+
+/// The log of one run of a container.
+#[must_use]
+pub fn log_path(directory: &Path, container: &str, run: u32) -> PathBuf {
+    directory.join("containers").join(container).join("logs").join(format!("{run}.log"))
+}
+
+/// The run whose log is sent.
+struct Source {
+    uid: String,
+    container: String,
+    run: u32,
+    roster: Arc<Roster>,
+    watch: Arc<LogWatch>,
+}
+
+impl Source {
+    /// Whether nothing more will be written: the supervisor has the whole log on disk before it tells the end.
+    fn is_over(&self) -> bool {
+        let Some(view) = self.roster.get(&self.uid) else { return true };
+        view.containers.get(&self.container).is_none_or(|c| c.restart != self.run || c.run.is_none())
+    }
+}
+
+async fn send(
+    path: PathBuf,
+    request: LogRequest,
+    source: Source,
+    pieces: &mpsc::Sender<Bytes>,
+) -> std::io::Result<()> {
+    let lost = |error: tokio::task::JoinError| std::io::Error::other(error.to_string());
+    let mut skip = 0;
+    if let Some(tail) = request.options.tail {
+        let counted = path.clone();
+        let lines = on_disk(move || count_lines(&counted)).await.map_err(lost)??;
+        skip = lines.saturating_sub(tail);
+    }
+    // Before the first read: what is written between that and the wait is told.
+    let mut changes =
+        request.follow.then(|| source.watch.follow(path.parent().unwrap_or_else(|| Path::new("/"))));
+    let mut roster = source.roster.changes();
+    let mut formatter = Formatter::new(&request.options, skip);
+    let mut reader = LogReader::new(path);
+    loop {
+        let over = source.is_over();
+        // Until its end.
+        loop {
+            let read = on_disk(move || {
+                let mut shown = Vec::new();
+                let mut end = false;
+                while shown.len() < PIECE_BYTES && !formatter.is_full() {
+                    match reader.read() {
+                        Ok(Some(bytes)) => formatter.take(&bytes, &mut shown),
+                        Ok(None) => {
+                            end = true;
+                            break;
+                        }
+                        Err(error) => return (reader, formatter, shown, Err(error)),
+                    }
+                }
+                (reader, formatter, shown, Ok(end))
+            });
+            let (back, filter, shown, end) = read.await.map_err(lost)?;
+            (reader, formatter) = (back, filter);
+            if !shown.is_empty() && pieces.send(Bytes::from(shown)).await.is_err() {
+                return Ok(());
+            }
+            if formatter.is_full() {
+                return Ok(());
+            }
+            if end? {
+                break;
+            }
+        }
+        let Some(changes) = &mut changes else { return Ok(()) };
+        if over {
+            return Ok(());
+        }
+        tokio::select! {
+            () = changes.changed() => {}
+            _ = roster.changed() => {}
+            () = pieces.closed() => return Ok(()),
+            // A roster that nobody changes any more.
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+}
+
+/// How often a quiet log's container is looked at, whatever is told.
+const LOOK: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::status::Terminated;
+
+    fn parse(query: &str) -> Result<LogRequest, (u16, String)> {
+        LogRequest::parse(Some(query), "2026-01-01T00:00:10Z".parse().unwrap())
+            .map_err(|refused| (refused.status.as_u16(), refused.message))
+    }
+
+    #[test]
+    fn a_query_is_read_as_a_kubelet_reads_it() {
+        let request = parse("follow=true&tailLines=5&timestamps=1&limitBytes=9&previous=false").unwrap();
+        assert!(request.follow && request.options.timestamps && !request.previous);
+        assert_eq!((request.options.tail, request.options.limit_bytes), (Some(5), Some(9)));
+        let since = parse("sinceSeconds=4").unwrap().options.since;
+        assert_eq!(since, Some("2026-01-01T00:00:06Z".parse().unwrap()));
+        let since = parse("sinceTime=2026-01-01T00%3A00%3A01%2B00%3A00").unwrap().options.since;
+        assert_eq!(since, Some("2026-01-01T00:00:01Z".parse().unwrap()));
+        assert_eq!(parse("tail=all").unwrap(), LogRequest::default());
+        for (bad, status) in [
+            ("tailLines=x", 400),
+            ("follow=perhaps", 400),
+            ("sinceTime=now", 400),
+            ("stream=Stdout", 400),
+            ("tailLines=-1", 422),
+            ("limitBytes=0", 422),
+            ("sinceSeconds=0", 422),
+            ("sinceSeconds=1&sinceTime=2026-01-01T00:00:00Z", 422),
+        ] {
+            assert_eq!(parse(bad).unwrap_err().0, status, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_run_is_chosen_by_what_the_container_does() {
+        let end = Terminated {
+            exit_code: 1,
+            signal: None,
+            reason: None,
+            message: String::new(),
+            started_at: None,
+            finished_at: Timestamp::UNIX_EPOCH,
+            id: String::new(),
+        };
+        let waiting = |reason: &str| State::Waiting { reason: reason.to_owned(), message: String::new() };
+        let running = State::Running { started_at: Timestamp::UNIX_EPOCH, id: String::new() };
+        let view = |state: State, last: bool, restart| ContainerView {
+            state,
+            last: last.then(|| end.clone()),
+            restart,
+            run: None,
+        };
+        let chosen = |view: &ContainerView, previous| run_of("p", "c", view, previous).map_err(|r| r.message);
+        let first = view(waiting("ContainerCreating"), false, 0);
+        assert_eq!(
+            chosen(&first, false),
+            Err("container \"c\" in pod \"p\" is waiting to start: ContainerCreating".to_owned())
+        );
+        assert!(chosen(&first, true).unwrap_err().starts_with("previous terminated container"));
+        assert_eq!(chosen(&view(running.clone(), false, 0), false), Ok(0));
+        assert_eq!(chosen(&view(running, true, 3), true), Ok(2));
+        // In back-off the run that ended is both.
+        let waits = view(waiting("CrashLoopBackOff"), true, 3);
+        assert_eq!((chosen(&waits, false), chosen(&waits, true)), (Ok(3), Ok(3)));
+        assert_eq!(chosen(&view(State::Terminated(end.clone()), false, 0), false), Ok(0));
+    }
+}
