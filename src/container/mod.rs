@@ -14,6 +14,7 @@ mod protocol;
 mod remains;
 mod run;
 mod supervisor;
+pub mod usage;
 
 pub use client::{Supervisor, Supervisors, SupervisorsError};
 pub use launch::launch;
