@@ -16,7 +16,7 @@ use jiriaf_pilot::container::{
 const SOON: Duration = Duration::from_secs(20);
 
 /// Burns the given CPU seconds and ends.
-const BURN: &str = r#"burn() { perl -e '1 while (times)[0] + (times)[1] < shift' "$1"; }; "#;
+const BURN: &str = r#"burn() { perl -e '$s = shift; 1 while (times)[0] + (times)[1] < $s' "$1"; }; "#;
 
 struct Bed {
     dir: tempfile::TempDir,
@@ -103,7 +103,7 @@ fn seconds(usage: &Usage) -> f64 {
 async fn processes_that_have_ended_count_however_they_detached() {
     let bed = Bed::new();
     let script = "burn 0.3; (burn 0.3); setsid bash -c '(setsid sleep 60 &) ; exit'; \
-         setsid bash -c 'perl -e \"1 while (times)[0] < 0.4\" &' ; sleep 1; touch done; sleep 60";
+         export -f burn; setsid bash -c 'burn 0.4 &' ; sleep 2; touch done; sleep 60; :";
     let mut container = bed.start("a", script).await;
     wait_for(&container.dir.join("done"));
     let usage = bed.until(&mut container, |usage| seconds(usage) >= 0.95);
@@ -125,7 +125,7 @@ async fn a_detached_process_that_burns_is_seen_burning() {
 async fn memory_is_what_was_touched_by_all_of_them() {
     let bed = Bed::new();
     let script = "perl -e 'vec($x, 50 << 20, 8) = 1; open F, \">x\"; sleep 60' & \
-         (setsid perl -e 'vec($x, 30 << 20, 8) = 1; open F, \">y\"; sleep 60' &) ; sleep 60";
+         (setsid perl -e 'vec($x, 30 << 20, 8) = 1; open F, \">y\"; sleep 60' &) ; sleep 60; :";
     let mut container = bed.start("a", script).await;
     wait_for(&container.dir.join("x"));
     wait_for(&container.dir.join("y"));
@@ -205,13 +205,15 @@ impl Drop for Foreign {
 #[tokio::test]
 async fn the_group_that_pgid_names_counts_once_and_keeps_its_figures() {
     let bed = Bed::new();
-    let mut containers = vec![bed.start("a", "sleep 60").await, bed.start("b", "sleep 60").await];
-    let before = bed.sample(&mut containers);
-    assert!(before.iter().all(|usage| seconds(usage) < 0.1 && usage.processes == 2), "{before:?}");
+    let mut containers = vec![bed.start("a", "sleep 60; :").await, bed.start("b", "sleep 60; :").await];
+    for container in &mut containers {
+        let before = bed.until(container, |usage| usage.processes == 2);
+        assert!(seconds(&before) < 0.1, "{before:?}");
+    }
     let marker = bed.dir.path().join("burnt");
-    let burn = "perl -e '1 while (times)[0] < 0.5'";
+    let burn = "perl -e '1 while (times)[0] + (times)[1] < 0.5'";
     let foreign = Foreign::new(&format!(
-        "{burn}; perl -e 'vec($x, 50 << 20, 8) = 1; open F, \">{}\"; sleep 60' & sleep 60",
+        "{burn}; perl -e 'vec($x, 50 << 20, 8) = 1; open F, \">{}\"; sleep 60' & sleep 60; :",
         marker.display()
     ));
     wait_for(&marker);
@@ -232,7 +234,7 @@ async fn the_group_that_pgid_names_counts_once_and_keeps_its_figures() {
 async fn a_group_of_another_container_stays_with_it() {
     let bed = Bed::new();
     let mut containers =
-        vec![bed.start("a", "sleep 60").await, bed.start("b", "burn 0.4; touch done; sleep 60").await];
+        vec![bed.start("a", "sleep 60; :").await, bed.start("b", "burn 0.4; touch done; sleep 60; :").await];
     wait_for(&containers[1].dir.join("done"));
     fs::copy(containers[1].dir.join("pgid"), containers[0].dir.join("pgid")).unwrap();
     let usage = bed.sample(&mut containers);
