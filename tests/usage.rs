@@ -237,6 +237,9 @@ async fn a_group_of_another_container_stays_with_it() {
         vec![bed.start("a", "sleep 60; :").await, bed.start("b", "burn 0.4; touch done; sleep 60; :").await];
     wait_for(&containers[1].dir.join("done"));
     fs::copy(containers[1].dir.join("pgid"), containers[0].dir.join("pgid")).unwrap();
+    for container in &mut containers {
+        bed.until(container, |usage| usage.processes == 2);
+    }
     let usage = bed.sample(&mut containers);
     assert!(seconds(&usage[0]) < 0.2 && usage[0].processes == 2, "{usage:?}");
     assert!(seconds(&usage[1]) >= 0.4 && usage[1].processes == 2, "{usage:?}");
@@ -263,8 +266,8 @@ async fn how_long_a_hundred_containers_take() {
         times.sort();
         println!("{what}: median {:?}, 99 of 100 within {:?}", times[100], times[197]);
     };
-    measure(&mut containers, "100 containers of 3 processes");
+    measure(&mut containers, "measured: 100 containers of 3 processes");
     let foreign = Foreign::new("sleep 60 & sleep 60");
     fs::write(containers[7].dir.join("pgid"), format!("{}\n", foreign.0.id())).unwrap();
-    measure(&mut containers, "and one foreign group");
+    measure(&mut containers, "measured: and one foreign group");
 }
