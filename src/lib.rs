@@ -10,6 +10,7 @@ pub mod guardian;
 pub mod drain;
 pub mod node;
 pub mod pod;
+pub mod server;
 
 pub mod container;
 

@@ -1,0 +1,3 @@
+//! The Node's own HTTPS API: a kubelet's.
+
+pub mod metrics;
