@@ -19,3 +19,4 @@ pub mod allocation;
 
 pub mod cluster;
 pub mod files;
+pub mod pilot_metrics;

@@ -22,21 +22,21 @@ pub(super) struct MemoryLimit {
     pub(super) file: PathBuf,
 }
 
-/// A hierarchy in which this process has a memory cgroup.
+/// A hierarchy in which this process has a cgroup of the wanted controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Membership {
     v2: bool,
     path: String,
 }
 
-/// Reads /proc/PID/cgroup (cgroups(7)): `4:memory:/a/b` is v1, `0::/a/b` is v2.
-fn memberships(text: &str) -> Vec<Membership> {
+/// Reads /proc/PID/cgroup (cgroups(7)): `4:memory:/a/b` is v1, `0::/a/b` is v2, which has all controllers.
+fn memberships(text: &str, controller: &str) -> Vec<Membership> {
     let lines = text.lines().filter_map(|line| {
         let mut fields = line.splitn(3, ':');
         let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
         let v2 = number == "0" && controllers.is_empty();
-        let memory = controllers.split(',').any(|controller| controller == "memory");
-        (v2 || memory).then(|| Membership { v2, path: path.to_owned() })
+        let named = controllers.split(',').any(|other| other == controller);
+        (v2 || named).then(|| Membership { v2, path: path.to_owned() })
     });
     lines.collect()
 }
@@ -49,8 +49,8 @@ struct Mount {
     point: PathBuf,
 }
 
-/// Reads the memory hierarchies of /proc/PID/mountinfo (proc_pid_mountinfo(5)).
-fn mounts(text: &str) -> Vec<Mount> {
+/// Reads a controller's hierarchies of /proc/PID/mountinfo (proc_pid_mountinfo(5)).
+fn mounts(text: &str, controller: &str) -> Vec<Mount> {
     let lines = text.lines().filter_map(|line| {
         let (before, after) = line.split_once(" - ")?;
         let mut before = before.split(' ').skip(3);
@@ -58,9 +58,9 @@ fn mounts(text: &str) -> Vec<Mount> {
         let mut after = after.split(' ');
         let (kind, options) = (after.next()?, after.nth(1).unwrap_or_default());
         let v2 = kind == "cgroup2";
-        let memory = kind == "cgroup" && options.split(',').any(|option| option == "memory");
+        let named = kind == "cgroup" && options.split(',').any(|option| option == controller);
         // Blanks and the like are written as octal escapes; a hierarchy mounted at such a place is not looked for.
-        (v2 || memory).then(|| Mount { v2, root: root.to_owned(), point: PathBuf::from(point) })
+        (v2 || named).then(|| Mount { v2, root: root.to_owned(), point: PathBuf::from(point) })
     });
     lines.collect()
 }
@@ -77,27 +77,59 @@ fn below(mount: &Mount, path: &str) -> Vec<String> {
     if components.iter().any(|part| part == "..") { Vec::new() } else { components }
 }
 
-/// The smallest memory limit above this process that is below the host's memory, where there is one.
-pub(super) fn memory_limit(roots: &Roots, host: Option<u64>) -> Option<MemoryLimit> {
-    let memberships = memberships(&read_small(&roots.proc.join("self/cgroup"))?);
-    let mut mounts =
-        read_small(&roots.proc.join("self/mountinfo")).map(|text| mounts(&text)).unwrap_or_default();
+/// A cgroup of this process: where its hierarchy is mounted, and the way from there.
+struct Own {
+    mount: Mount,
+    components: Vec<String>,
+}
+
+/// This process's cgroups of a controller; none where /proc does not tell.
+fn own(roots: &Roots, controller: &str) -> Vec<Own> {
+    let Some(text) = read_small(&roots.proc.join("self/cgroup")) else { return Vec::new() };
+    let mountinfo = read_small(&roots.proc.join("self/mountinfo"));
+    let mut mounts = mountinfo.map(|text| mounts(&text, controller)).unwrap_or_default();
     if mounts.is_empty() {
         // The usual places, should mountinfo not be there.
         let usual = [
             (true, roots.cgroup.clone()),
             (true, roots.cgroup.join("unified")),
-            (false, roots.cgroup.join("memory")),
+            (false, roots.cgroup.join(controller)),
         ];
         mounts.extend(usual.map(|(v2, point)| Mount { v2, root: "/".to_owned(), point }));
     }
-    let limits = memberships.iter().flat_map(|membership| {
-        let mounts = mounts.iter().filter(|mount| mount.v2 == membership.v2);
-        mounts.flat_map(|mount| limits(mount, &below(mount, &membership.path)))
+    let own = memberships(&text, controller).into_iter().flat_map(|membership| {
+        let mounts = mounts.iter().filter(move |mount| mount.v2 == membership.v2);
+        mounts.map(move |mount| Own { mount: mount.clone(), components: below(mount, &membership.path) })
     });
-    limits
+    own.collect()
+}
+
+/// The smallest memory limit above this process that is below the host's memory, where there is one.
+pub(super) fn memory_limit(roots: &Roots, host: Option<u64>) -> Option<MemoryLimit> {
+    own(roots, "memory")
+        .iter()
+        .flat_map(|own| limits(&own.mount, &own.components))
         .filter(|limit| limit.bytes < NO_LIMIT && host.is_none_or(|host| limit.bytes <= host))
         .min_by_key(|limit| limit.bytes)
+}
+
+/// The directories of the batch job's own cgroup that have a controller's files, and whether they are cgroup v2's. Of the
+/// whole job on this host, not of the step or task that this process is in.
+pub(super) fn job_directories(roots: &Roots, controller: &str) -> Vec<(bool, PathBuf)> {
+    let job = |own: Own| {
+        let levels = own.components.iter().take(MAX_LEVELS).position(|name| is_job(name)).map(|at| at + 1);
+        // PBS has no word in the job's own name, but in the one above: `…/pbs_jobs.service/jobid/12.server`.
+        let above = own.components.iter().take(MAX_LEVELS).position(|name| name == "jobid").map(|at| at + 2);
+        let levels = levels.or(above).filter(|levels| *levels <= own.components.len())?;
+        let path: PathBuf = own.components.iter().take(levels).collect();
+        Some((own.mount.v2, own.mount.point.join(path)))
+    };
+    own(roots, controller).into_iter().filter_map(job).collect()
+}
+
+/// Slurm's name of a job's cgroup, in v1 (`/slurm/uid_7/job_1`) and v2 (`slurmstepd.scope/job_1`).
+fn is_job(name: &str) -> bool {
+    name.strip_prefix("job_").is_some_and(|id| !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// The limits of a cgroup and all above it.
@@ -211,6 +243,34 @@ mod tests {
     }
 
     #[test]
+    fn the_jobs_own_level_is_found_under_each_batch_system() {
+        let cases = [
+            ("4:memory:/slurm_n1/uid_7/job_12/step_batch/task_0\n", "memory/slurm_n1/uid_7/job_12", false),
+            (
+                "0::/system.slice/slurmstepd.scope/job_12/step_0/user/task_0\n",
+                "system.slice/slurmstepd.scope/job_12",
+                true,
+            ),
+            (
+                "4:memory:/pbs_jobs.service/jobid/34.pbs.site.org\n",
+                "memory/pbs_jobs.service/jobid/34.pbs.site.org",
+                false,
+            ),
+        ];
+        for (cgroup, wanted, v2) in cases {
+            let (_guard, roots) = host(cgroup);
+            let found = job_directories(&roots, "memory");
+            assert!(found.contains(&(v2, roots.cgroup.join(wanted))), "{found:?}");
+        }
+        for other in
+            ["0::/user.slice/user-7.slice/session-3.scope\n", "0::/\n", "4:memory:/x/jobid\n", "0::/job_x\n"]
+        {
+            let (_guard, roots) = host(other);
+            assert!(job_directories(&roots, "memory").is_empty(), "{other}");
+        }
+    }
+
+    #[test]
     fn a_host_without_cgroups_has_no_limit() {
         let (_guard, roots) = host("");
         assert_eq!(memory_limit(&roots, None), None);
@@ -222,8 +282,8 @@ mod tests {
         #[test]
         fn no_file_makes_a_parser_panic(text in "(?s).{0,200}", lines in "([0-9:a-z/, -]{0,30}\n){0,4}") {
             for text in [&text, &lines] {
-                memberships(text);
-                mounts(text);
+                memberships(text, "memory");
+                mounts(text, "memory");
                 parse_limit(text);
             }
         }

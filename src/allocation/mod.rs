@@ -16,6 +16,7 @@ mod slurm;
 #[cfg(test)]
 pub(crate) mod stand_in;
 mod tracker;
+pub mod usage;
 
 use std::time::{Duration, SystemTime};
 

@@ -19,6 +19,7 @@ mod run;
 mod sessions;
 mod supervisor;
 pub mod terminal;
+pub mod usage;
 
 pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
 pub use launch::launch;

@@ -51,7 +51,9 @@ impl Body for Answer {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         match self.get_mut() {
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Pieces(receiver) => receiver.poll_recv(context).map(|piece| piece.map(|b| Ok(Frame::data(b)))),
+            Self::Pieces(receiver) => {
+                receiver.poll_recv(context).map(|piece| piece.map(|b| Ok(Frame::data(b))))
+            }
         }
     }
 }

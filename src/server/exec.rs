@@ -186,10 +186,10 @@ async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> R
         let _ = terminal::resize(&ours, size.width, size.height);
     }
     let sized = ours.try_clone().map_err(failed)?;
-    let output = pipe::Receiver::from_owned_fd_unchecked(ours.try_clone().map_err(failed)?).map_err(failed)?;
+    let output =
+        pipe::Receiver::from_owned_fd_unchecked(ours.try_clone().map_err(failed)?).map_err(failed)?;
     let input = pipe::Sender::from_owned_fd_unchecked(ours).map_err(failed)?;
-    let mut exec =
-        run.exec(command, ExecStdio::Terminal(theirs)).await.map_err(|error| error.to_string())?;
+    let mut exec = run.exec(command, ExecStdio::Terminal(theirs)).await.map_err(|error| error.to_string())?;
     let mut showing = Box::pin(show(output, stdout));
     let feeding = feed(stdin, stdin_of(input));
     tokio::pin!(feeding);

@@ -120,7 +120,13 @@ mod tests {
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         assert_eq!(
             pairs,
-            [pair("command", "sh"), pair("command", "-c"), pair("command", "a & b%zz"), pair("x", ""), pair("", "y")]
+            [
+                pair("command", "sh"),
+                pair("command", "-c"),
+                pair("command", "a & b%zz"),
+                pair("x", ""),
+                pair("", "y")
+            ]
         );
         assert_eq!(query(None).count(), 0);
     }

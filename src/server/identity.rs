@@ -137,7 +137,7 @@ impl Authenticator {
         let ask = async {
             let _permit = self.asking.acquire().await.map_err(|e| unavailable(&e))?;
             let api: kube::Api<TokenReview> = kube::Api::all(self.client.clone());
-            let spec = TokenReviewSpec { token: Some(token.to_owned()), audiences: None };
+            let spec = TokenReviewSpec { token: token.to_owned(), audiences: None };
             let review = TokenReview { spec, ..TokenReview::default() };
             let answer = api.create(&PostParams::default(), &review).await;
             answer.map_err(|error| unavailable(&crate::cluster::explain(&error)))
@@ -224,7 +224,11 @@ mod tests {
         assert_eq!(bearer(&HeaderMap::new()), None);
     }
 
-    fn certificate(issuer: &rcgen::Issuer<'_, rcgen::KeyPair>, name: &str, groups: &[&str]) -> CertificateDer<'static> {
+    fn certificate(
+        issuer: &rcgen::Issuer<'_, rcgen::KeyPair>,
+        name: &str,
+        groups: &[&str],
+    ) -> CertificateDer<'static> {
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(rcgen::DnType::CommonName, name);

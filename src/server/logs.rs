@@ -38,8 +38,12 @@ impl LogRequest {
     /// # Errors
     /// 400 for what cannot be read, 422 for what makes no sense: as a kubelet.
     pub fn parse(query: Option<&str>, now: Timestamp) -> Result<Self, Refused> {
-        let undecodable =
-            |name: &str, value: &str| Refused::new(StatusCode::BAD_REQUEST, format!("Unable to decode query: {name}: invalid value {value:?}"));
+        let undecodable = |name: &str, value: &str| {
+            Refused::new(
+                StatusCode::BAD_REQUEST,
+                format!("Unable to decode query: {name}: invalid value {value:?}"),
+            )
+        };
         let mut request = Self::default();
         let mut since_seconds = None;
         let mut since_time = None;
@@ -64,7 +68,10 @@ impl LogRequest {
                     since_time = Some(value.parse::<Timestamp>().map_err(|_| undecodable(&name, &value))?);
                 }
                 "stream" if value != "All" => {
-                    return Err(Refused::new(StatusCode::BAD_REQUEST, format!("stream {value:?}: only All is served")));
+                    return Err(Refused::new(
+                        StatusCode::BAD_REQUEST,
+                        format!("stream {value:?}: only All is served"),
+                    ));
                 }
                 _ => {}
             }
@@ -128,7 +135,9 @@ pub async fn answer(
     request: LogRequest,
 ) -> Result<Response<Answer>, Refused> {
     let pod = view.pod.metadata.name.clone().unwrap_or_default();
-    let waiting = ContainerView { state: State::default(), last: None, restart: 0, run: None };
+    let reason = "ContainerCreating".to_owned();
+    let state = State::Waiting { reason, message: String::new() };
+    let waiting = ContainerView { state, last: None, restart: 0, run: None };
     let container = view.containers.get(name).unwrap_or(&waiting);
     let run = run_of(&pod, name, container, request.previous)?;
     let Some(directory) = &view.directory else {

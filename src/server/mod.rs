@@ -1,3 +1,341 @@
-//! The Node's own API, as a kubelet serves it.
+//! The Node's own HTTPS API, as a kubelet serves it: kubectl logs, exec, attach, cp and port-forward, metrics.
+//!
+//! [`bind`] takes the port before the Node is registered; [`serve`] answers on it. Every request is authenticated and
+//! authorized before its path is looked at, since every user of the host can reach the port.
 
+mod body;
+mod exec;
+mod find;
+mod forward;
+pub mod identity;
+mod logs;
+pub mod metrics;
+mod pages;
+pub mod rights;
+mod route;
 pub mod streams;
+pub mod tls;
+mod usage;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+
+use self::body::{Answer, text};
+use self::find::Refused;
+use self::identity::{Authenticator, Unknown, User};
+
+use self::rights::{Authorizer, forbidden};
+use self::route::{PodPath, Route, attributes, route};
+use crate::container::log_watch::LogWatch;
+use crate::pod::roster::Roster;
+
+pub use self::pages::{About, Pages};
+
+/// Connections at once: some hundred followers of logs, and as many for metrics and people; beyond that a client waits. A
+/// process has 1024 descriptors by default, and an exec takes five.
+const CONNECTIONS: usize = 400;
+
+/// How long a client may take for its TLS handshake. An honest one takes milliseconds.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a client may take for the head of a request, or leave its connection idle.
+const HEAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// The head of a request: a token of 16 KiB, and as much again.
+const HEAD_BYTES: usize = 64 * 1024;
+
+/// Refusals that are logged in a minute; of more, only their number: any user of the host can cause them.
+const REFUSALS: u32 = 10;
+
+/// Who answers.
+pub struct Server {
+    /// The pods.
+    pub roster: Arc<Roster>,
+    /// Tells followers of logs.
+    pub watch: Arc<LogWatch>,
+    /// Who asks.
+    pub authenticator: Authenticator,
+    /// Who may.
+    pub authorizer: Authorizer,
+    /// Whether anybody may read `/metrics/resource`.
+    pub anonymous_metrics: bool,
+    /// What is shown of this pilot.
+    pub pages: Pages,
+    refusals: Refusals,
+}
+
+impl Server {
+    /// A server of these pods.
+    #[must_use]
+    pub fn new(
+        roster: Arc<Roster>,
+        authenticator: Authenticator,
+        authorizer: Authorizer,
+        anonymous_metrics: bool,
+        pages: Pages,
+    ) -> Self {
+        let watch = Arc::default();
+        Self {
+            roster,
+            watch,
+            authenticator,
+            authorizer,
+            anonymous_metrics,
+            pages,
+            refusals: Refusals::default(),
+        }
+    }
+}
+
+/// Takes a port on all addresses of this host; 0 takes a free one.
+///
+/// # Errors
+/// When the port is taken.
+pub fn bind(port: u16) -> io::Result<std::net::TcpListener> {
+    // Both families where the kernel has both.
+    let listener = std::net::TcpListener::bind(("::", port)).or_else(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => Err(error),
+        _ => std::net::TcpListener::bind(("0.0.0.0", port)),
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Answers until the pilot ends.
+pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Server>) {
+    let acceptor = TlsAcceptor::from(tls);
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // No descriptors are left, mostly: they come back when connections end.
+                tracing::warn!(%error, "a connection to the Node's API could not be taken");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (acceptor, server) = (acceptor.clone(), Arc::clone(&server));
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Err(problem) = connection(stream, from, &acceptor, server).await {
+                tracing::debug!(%from, problem, "a connection to the Node's API has ended");
+            }
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    from: SocketAddr,
+    acceptor: &TlsAcceptor,
+    server: Arc<Server>,
+) -> Result<(), String> {
+    let _ = stream.set_nodelay(true);
+    let stream = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream))
+        .await
+        .map_err(|_| "no TLS handshake in time".to_owned())?
+        .map_err(|error| error.to_string())?;
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let chain: Arc<[CertificateDer<'static>]> = chain.iter().map(|c| c.clone().into_owned()).collect();
+    let service = service_fn(move |request| {
+        let (server, chain) = (Arc::clone(&server), Arc::clone(&chain));
+        async move { Ok::<_, Infallible>(server.answer(request, &chain, from).await) }
+    });
+    hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .max_buf_size(HEAD_BYTES)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
+        .await
+        .map_err(|error| error.to_string())
+}
+
+impl Server {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        chain: &[CertificateDer<'static>],
+        from: SocketAddr,
+    ) -> Response<Answer> {
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let route = route(&path);
+        let name = route.as_ref().map_or("other", Route::name);
+        let mut response = match self.admit(&request, route.as_ref(), chain).await {
+            Ok(user) => match self.dispatch(request, route, user).await {
+                Ok(response) => response,
+                Err(refused) => {
+                    tracing::debug!(%from, %method, path, status = refused.status.as_u16(), "{}", refused.message);
+                    refused.response()
+                }
+            },
+            Err(refused) => {
+                if let Some(suppressed) = self.refusals.note(Instant::now()) {
+                    tracing::warn!(
+                        %from,
+                        %method,
+                        path = path.escape_debug().to_string().chars().take(200).collect::<String>(),
+                        status = refused.status.as_u16(),
+                        suppressed,
+                        "a request to the Node's API is refused: {}",
+                        refused.message
+                    );
+                }
+                let mut response = refused.response();
+                // Who is nobody does not keep a connection.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                response
+            }
+        };
+        if method == Method::HEAD {
+            *response.body_mut() = Answer::default();
+        }
+        self.pages.metrics.request(name, response.status().as_u16());
+        response
+    }
+
+    /// Who asks, and whether they may.
+    async fn admit(
+        &self,
+        request: &Request<Incoming>,
+        route: Option<&Route>,
+        chain: &[CertificateDer<'static>],
+    ) -> Result<User, Refused> {
+        let method = request.method();
+        if self.anonymous_metrics && route == Some(&Route::ResourceMetrics) && *method == Method::GET {
+            return Ok(User { name: "system:anonymous".to_owned(), ..User::default() });
+        }
+        let user = self.authenticator.authenticate(chain, request.headers()).await.map_err(|unknown| {
+            // A kubelet that cannot ask knows nobody either.
+            if let Unknown::Unavailable(problem) = &unknown {
+                tracing::warn!(problem, "the API server cannot be asked about a token");
+            }
+            Refused::new(StatusCode::UNAUTHORIZED, "Unauthorized")
+        })?;
+        let wanted = attributes(method, request.uri().path());
+        match self.authorizer.may(&user, &wanted).await {
+            Ok(true) => Ok(user),
+            Ok(false) => Err(Refused::new(StatusCode::FORBIDDEN, forbidden(&user, &wanted))),
+            Err(problem) => Err(Refused::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                format!("Authorization error ({}): {problem}", forbidden(&user, &wanted)),
+            )),
+        }
+    }
+
+    async fn dispatch(
+        &self,
+        request: Request<Incoming>,
+        route: Option<Route>,
+        user: User,
+    ) -> Result<Response<Answer>, Refused> {
+        let Some(route) = route else {
+            return Err(Refused::new(StatusCode::NOT_FOUND, "404 page not found"));
+        };
+        if !route.takes(request.method()) {
+            return Err(Refused::new(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed"));
+        }
+        if let Route::Exec(pod, container) | Route::Attach(pod, container) | Route::Run(pod, container) =
+            &route
+        {
+            let (route, user) = (route.name(), &user.name);
+            tracing::info!(
+                user,
+                route,
+                namespace = pod.namespace,
+                pod = pod.name,
+                container,
+                "a user joins a container"
+            );
+        }
+        let query = request.uri().query().map(str::to_owned);
+        match route {
+            Route::Logs(path, name) => {
+                let asked = logs::LogRequest::parse(query.as_deref(), jiff::Timestamp::now())?;
+                let view = find::pod(&self.roster, &path)?;
+                find::container(&view, &name)?;
+                logs::answer(&self.roster, &self.watch, &view, &name, asked).await
+            }
+            Route::Exec(path, name) => exec::exec(request, self.run(&path, &name)?, user.name),
+            Route::Attach(path, name) => exec::attach(request, self.run(&path, &name)?),
+            Route::Run(path, name) => exec::run(query.as_deref(), &self.run(&path, &name)?).await,
+            Route::PortForward(path) => {
+                let view = find::pod(&self.roster, &path)?;
+                let over = ended(Arc::clone(&self.roster), view.pod.metadata.uid.clone().unwrap_or_default());
+                let (user, pod) = (user.name, &path.name);
+                tracing::info!(user, namespace = path.namespace, pod, "a user forwards ports");
+                Ok(forward::port_forward(request, over))
+            }
+            Route::Health => Ok(text(StatusCode::OK, "ok")),
+            route => Ok(self.pages.page(&route, query.as_deref(), &self.roster).await),
+        }
+    }
+
+    fn run(&self, path: &PodPath, container: &str) -> Result<crate::pod::session::RunHandle, Refused> {
+        find::run(&*find::pod(&self.roster, path)?, container)
+    }
+}
+
+/// Waits until a pod has ended.
+async fn ended(roster: Arc<Roster>, uid: String) {
+    let mut changes = roster.changes();
+    loop {
+        let terminal = |view: &crate::pod::roster::PodView| {
+            let phase = view.pod.status.as_ref().and_then(|status| status.phase.as_deref());
+            matches!(phase, Some("Succeeded" | "Failed"))
+        };
+        if roster.get(&uid).is_none_or(|view| terminal(&view)) || changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// How many refusals were logged in this minute.
+#[derive(Default)]
+struct Refusals(Mutex<Option<(Instant, u32, u32)>>);
+
+impl Refusals {
+    /// Whether this one is logged: then, how many were not before it.
+    fn note(&self, now: Instant) -> Option<u32> {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (begin, logged, suppressed) = window.get_or_insert((now, 0, 0));
+        if now.duration_since(*begin) >= Duration::from_secs(60) {
+            (*begin, *logged) = (now, 0);
+        }
+        if *logged >= REFUSALS {
+            *suppressed += 1;
+            return None;
+        }
+        *logged += 1;
+        Some(std::mem::take(suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_refusals_does_not_fill_the_jobs_output() {
+        let refusals = Refusals::default();
+        let now = Instant::now();
+        let logged = (0..1000).filter(|_| refusals.note(now).is_some()).count();
+        assert_eq!(logged, 10);
+        assert_eq!(refusals.note(now + Duration::from_secs(61)), Some(990));
+    }
+}

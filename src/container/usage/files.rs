@@ -1,0 +1,344 @@
+//! What /proc says of one process (proc(5)), read with as few calls as it takes.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::container::process;
+
+/// The most that is read of one file: a list of children of a process with 100 000 of them.
+const MAX_FILE: usize = 1 << 20;
+
+/// Where reading begins: more than `stat` or `status` ever have, so that one read gives all of them.
+const FIRST_READ: usize = 4096;
+
+/// Facts of /proc/PID/stat; times in clock ticks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) zombie: bool,
+    pub(super) parent: i32,
+    pub(super) group: i32,
+    pub(super) threads: u64,
+    pub(super) start: u64,
+    /// utime and stime.
+    pub(super) own: u64,
+    /// cutime and cstime: of children that were waited for, and of theirs.
+    pub(super) ended: u64,
+    /// Minor page faults, and those of ended children.
+    pub(super) minor_faults: u64,
+    pub(super) ended_minor_faults: u64,
+    pub(super) major_faults: u64,
+    pub(super) ended_major_faults: u64,
+}
+
+impl Stat {
+    /// Reads the line. The command's name stands in parentheses and may hold any bytes, parentheses too, so fields count
+    /// from the last one.
+    pub(super) fn parse(line: &[u8]) -> Option<Self> {
+        let name_end = line.iter().rposition(|byte| *byte == b')')?;
+        let text = std::str::from_utf8(line.get(name_end + 1..)?).ok()?;
+        let mut fields = [""; 20];
+        let mut count = 0;
+        for (place, field) in fields.iter_mut().zip(text.split_ascii_whitespace()) {
+            *place = field;
+            count += 1;
+        }
+        if count < fields.len() {
+            return None;
+        }
+        // Field 3 of the manual page is fields[0]. Some are signed there, though never negative.
+        let number = |index: usize| fields.get(index - 3)?.parse::<i64>().ok()?.try_into().ok();
+        let number = |index| number(index).unwrap_or(0_u64);
+        Some(Self {
+            zombie: matches!(fields[0], "Z" | "X"),
+            parent: fields[1].parse().ok()?,
+            group: fields[2].parse().ok()?,
+            threads: number(20),
+            start: fields[19].parse().ok()?,
+            own: number(14) + number(15),
+            ended: number(16) + number(17),
+            minor_faults: number(10),
+            ended_minor_faults: number(11),
+            major_faults: number(12),
+            ended_major_faults: number(13),
+        })
+    }
+}
+
+/// Resident memory, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Memory {
+    pub(super) anonymous: u64,
+    pub(super) shared: u64,
+    pub(super) files: u64,
+    /// Of how many processes.
+    pub(super) processes: u64,
+}
+
+impl Memory {
+    /// Another process of the same container: what can be shared counts once.
+    pub(super) fn add(&mut self, other: Option<Self>) {
+        let Some(other) = other else { return };
+        self.anonymous += other.anonymous;
+        self.shared = self.shared.max(other.shared);
+        self.files = self.files.max(other.files);
+        self.processes += other.processes;
+    }
+
+    /// Reads /proc/PID/status; none where it does not divide the resident memory: kernels before 4.5, and zombies.
+    fn parse_status(text: &[u8]) -> Option<Self> {
+        // The name stands in the first line and may hold any bytes (line feeds are escaped), so it is skipped as bytes.
+        let rest = text.iter().position(|byte| *byte == b'\n').and_then(|at| text.get(at..))?;
+        let text = std::str::from_utf8(rest).ok()?;
+        let after = |from: &str| text.find(from).and_then(|at| text.get(at + from.len()..));
+        let kib = |rest: &str| rest.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|n| n << 10);
+        Some(Self {
+            anonymous: kib(after("\nRssAnon:")?)?,
+            files: kib(after("\nRssFile:")?)?,
+            shared: kib(after("\nRssShmem:")?)?,
+            processes: 1,
+        })
+    }
+
+    /// Reads /proc/PID/statm, which holds mapped files and shmem as one number. None for a zombie, which has no memory.
+    fn parse_statm(text: &[u8], page: u64) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
+        let mut fields = text.split_ascii_whitespace().skip(1).map(|field| field.parse::<u64>().ok());
+        let (resident, shared) = (fields.next()??, fields.next()??);
+        (resident > 0).then(|| Self {
+            anonymous: resident.saturating_sub(shared) * page,
+            shared: 0,
+            files: shared * page,
+            processes: 1,
+        })
+    }
+}
+
+/// A process, whose child it is, and its process group.
+#[derive(Debug, Clone, Copy)]
+struct Kin {
+    pid: i32,
+    parent: i32,
+    group: i32,
+}
+
+/// Reads files of /proc, with one buffer for all of them. It serves one scrape: it looks at all processes once.
+#[derive(Default)]
+pub(super) struct Files {
+    buffer: Vec<u8>,
+    all: Option<Vec<Kin>>,
+}
+
+impl Files {
+    /// A file that the kernel makes whole at the first read.
+    fn read(&mut self, path: &str) -> Option<&[u8]> {
+        self.read_until(path, |length, size| length < size)
+    }
+
+    /// A list, which it gives out in parts of a page.
+    fn read_list(&mut self, path: &str) -> Option<&[u8]> {
+        self.read_until(path, |_, _| false)
+    }
+
+    fn read_until(&mut self, path: &str, is_whole: impl Fn(usize, usize) -> bool) -> Option<&[u8]> {
+        let mut file = File::open(path).ok()?;
+        self.buffer.resize(self.buffer.len().max(FIRST_READ), 0);
+        let mut length = 0;
+        loop {
+            let read = file.read(self.buffer.get_mut(length..)?).ok()?;
+            length += read;
+            if read == 0 || is_whole(length, self.buffer.len()) || length >= MAX_FILE {
+                return self.buffer.get(..length);
+            }
+            if length == self.buffer.len() {
+                self.buffer.resize(length * 2, 0);
+            }
+        }
+    }
+
+    /// None when there is no such process, or none that may be seen.
+    pub(super) fn stat(&mut self, pid: i32) -> Option<Stat> {
+        Stat::parse(self.read(&format!("/proc/{pid}/stat"))?)
+    }
+
+    /// None for a zombie too.
+    pub(super) fn memory(&mut self, pid: i32) -> Option<Memory> {
+        if let Some(memory) = self.read(&format!("/proc/{pid}/status")).and_then(Memory::parse_status) {
+            return Some(memory);
+        }
+        let text = self.read(&format!("/proc/{pid}/statm"))?;
+        Memory::parse_statm(text, page_size())
+    }
+
+    /// Adds the children of a process, of all its threads; false where the kernel does not tell.
+    pub(super) fn children(&mut self, pid: i32, threads: u64, found: &mut Vec<i32>) -> bool {
+        if threads <= 1 {
+            return self.children_of_thread(pid, pid, found);
+        }
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+        let tasks = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
+        let mut told = false;
+        for task in tasks {
+            told |= self.children_of_thread(pid, task, found);
+        }
+        told
+    }
+
+    /// The same by a look at all processes, for where the kernel does not tell.
+    pub(super) fn children_by_parent(&mut self, pid: i32) -> Vec<i32> {
+        self.all().iter().filter(|kin| kin.parent == pid).map(|kin| kin.pid).collect()
+    }
+
+    /// The processes of a group.
+    pub(super) fn group(&mut self, group: i32) -> Vec<i32> {
+        self.all().iter().filter(|kin| kin.group == group).map(|kin| kin.pid).collect()
+    }
+
+    fn all(&mut self) -> &[Kin] {
+        let all = match self.all.take() {
+            Some(all) => all,
+            None => {
+                let kin = |pid, stat: Stat| Kin { pid, parent: stat.parent, group: stat.group };
+                process::all().into_iter().filter_map(|pid| Some(kin(pid, self.stat(pid)?))).collect()
+            }
+        };
+        self.all.insert(all)
+    }
+
+    fn children_of_thread(&mut self, pid: i32, task: i32, found: &mut Vec<i32>) -> bool {
+        let Some(list) = self.read_list(&format!("/proc/{pid}/task/{task}/children")) else { return false };
+        let list = std::str::from_utf8(list).unwrap_or_default();
+        found.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+        true
+    }
+}
+
+fn page_size() -> u64 {
+    static SIZE: OnceLock<u64> = OnceLock::new();
+    *SIZE.get_or_init(|| configured(SysconfVar::PAGE_SIZE).unwrap_or(4096))
+}
+
+/// Clock ticks as time.
+pub(super) fn ticks(count: u64) -> Duration {
+    static PER_SECOND: OnceLock<u64> = OnceLock::new();
+    // 100 on every Linux that a compute node has (time(7), USER_HZ).
+    let per_second = *PER_SECOND.get_or_init(|| configured(SysconfVar::CLK_TCK).unwrap_or(100));
+    Duration::from_secs(count / per_second)
+        + Duration::from_nanos(count % per_second * 1_000_000_000 / per_second)
+}
+
+fn configured(variable: SysconfVar) -> Option<u64> {
+    sysconf(variable).ok()??.try_into().ok().filter(|value| *value > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STAT: &[u8] =
+        b"4711 (a) (\xff) S) R 4700 4701 4702 34816 4701 4194304 1201 5302 7 9 123 45 678 90 20 0 3 0 \
+        201394 3133440 395 18446744073709551615 1 1 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n";
+
+    const STATUS: &[u8] = b"Name:\tRssAnon: 7 \xff kB\nUmask:\t0022\nState:\tS (sleeping)\nVmHWM:\t    1580 kB\n\
+        VmRSS:\t    1580 kB\nRssAnon:\t     136 kB\nRssFile:\t    1420 kB\nRssShmem:\t      24 kB\nVmData:\t 360 kB\n";
+
+    #[test]
+    fn a_line_of_stat_is_read_whatever_the_name() {
+        let stat = Stat::parse(STAT).unwrap();
+        let wanted = Stat {
+            zombie: false,
+            parent: 4700,
+            group: 4701,
+            threads: 3,
+            start: 201_394,
+            own: 168,
+            ended: 768,
+            minor_faults: 1201,
+            ended_minor_faults: 5302,
+            major_faults: 7,
+            ended_major_faults: 9,
+        };
+        assert_eq!(stat, wanted);
+        for bad in [
+            &b""[..],
+            b"1 (x",
+            b"1 (x)",
+            b"1 (x) R 1 2 3",
+            b"1 (x) R a b c 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1",
+        ] {
+            assert_eq!(Stat::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn memory_is_divided_as_the_kernel_divides_it() {
+        let memory = Memory::parse_status(STATUS).unwrap();
+        let wanted = Memory { anonymous: 136 << 10, shared: 24 << 10, files: 1420 << 10, processes: 1 };
+        assert_eq!(memory, wanted);
+        // A zombie, and a kernel of 2013.
+        assert_eq!(Memory::parse_status(b"Name:\tx\nState:\tZ (zombie)\n"), None);
+        assert_eq!(Memory::parse_status(b"Name:\tx\nVmRSS:\t 1580 kB\n"), None);
+        let memory = Memory::parse_statm(b"765 423 395 5 0 123 0\n", 4096).unwrap();
+        assert_eq!(memory, Memory { anonymous: 28 * 4096, shared: 0, files: 395 * 4096, processes: 1 });
+        assert_eq!(Memory::parse_statm(b"0 0 0 0 0 0 0\n", 4096), None);
+    }
+
+    #[test]
+    fn shared_memory_counts_once() {
+        let mut sum = Memory::default();
+        for (anonymous, shared, files) in [(10, 500, 30), (20, 400, 40)] {
+            sum.add(Some(Memory { anonymous, shared, files, processes: 1 }));
+        }
+        sum.add(None);
+        assert_eq!(sum, Memory { anonymous: 30, shared: 500, files: 40, processes: 2 });
+    }
+
+    #[test]
+    fn this_process_is_read() {
+        let mut files = Files::default();
+        let pid = nix::unistd::getpid().as_raw();
+        assert_eq!(files.stat(pid).unwrap().parent, nix::unistd::getppid().as_raw());
+        assert!(files.memory(pid).unwrap().anonymous > 0);
+        // As the kernel's own older file has it, within what changes meanwhile.
+        let statm = std::fs::read(format!("/proc/{pid}/statm")).unwrap();
+        let older = Memory::parse_statm(&statm, page_size()).unwrap();
+        assert!(older.anonymous.abs_diff(files.memory(pid).unwrap().anonymous) < 8 << 20);
+        assert_eq!(files.stat(i32::MAX), None);
+        assert_eq!(files.memory(i32::MAX), None);
+    }
+
+    #[test]
+    fn a_list_of_any_length_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        let text = "12345 ".repeat(20_000);
+        std::fs::write(&path, &text).unwrap();
+        let mut files = Files::default();
+        assert_eq!(files.read_list(path.to_str().unwrap()), Some(text.as_bytes()));
+        assert_eq!(files.read(path.to_str().unwrap()), Some(text.as_bytes()));
+        std::fs::write(&path, "short").unwrap();
+        assert_eq!(files.read_list(path.to_str().unwrap()), Some(&b"short"[..]));
+    }
+
+    #[test]
+    fn ticks_become_time() {
+        let second = configured(SysconfVar::CLK_TCK).unwrap();
+        assert_eq!(ticks(second * 3), Duration::from_secs(3));
+        assert!(ticks(1) > Duration::ZERO);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_a_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), text in "[0-9 ()RZ:A-Za-z\n-]{0,200}") {
+            for bytes in [&bytes[..], text.as_bytes()] {
+                let _ = Stat::parse(bytes);
+                let _ = Memory::parse_status(bytes);
+                let _ = Memory::parse_statm(bytes, 4096);
+            }
+        }
+    }
+}

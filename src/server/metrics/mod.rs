@@ -1,0 +1,151 @@
+//! What the Node tells of its use: the texts of `/metrics/resource`, `/stats/summary`, `/metrics/probes` and `/metrics`.
+//!
+//! [`resource::render`] and [`summary::summary`] make texts of a [`Snapshot`] and ask nobody; [`host`] reads what only the
+//! summary has.
+
+pub mod host;
+pub mod resource;
+pub mod summary;
+#[cfg(test)]
+pub(crate) mod text_check;
+
+use std::time::{Duration, SystemTime};
+
+use crate::allocation::usage::JobUsage;
+use crate::container::usage::Usage;
+
+pub use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
+
+/// What the Node and its pods use at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The Node's name.
+    pub node: String,
+    /// When the pilot began.
+    pub started_at: SystemTime,
+    /// The job on this host; none where it could not be measured.
+    pub usage: Option<JobUsage>,
+    /// Billionths of a CPU that the job uses, where that is known yet.
+    pub nano_cores: Option<u64>,
+    /// The memory that was granted, in bytes.
+    pub memory_limit: Option<u64>,
+    /// The pods that have running containers.
+    pub pods: Vec<PodUsage>,
+}
+
+/// What a pod uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodUsage {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+    /// When it was admitted.
+    pub started_at: SystemTime,
+    /// CPU time of runs that are over: a pod's time goes on counting when a container is started again.
+    pub ended_cpu: Duration,
+    /// Its running containers.
+    pub containers: Vec<ContainerUsage>,
+}
+
+impl PodUsage {
+    fn cpu(&self) -> Duration {
+        self.containers.iter().fold(self.ended_cpu, |sum, container| sum + container.usage.cpu)
+    }
+
+    /// Its containers' figures added up.
+    fn sum(&self, of: impl Fn(&Usage) -> u64) -> u64 {
+        self.containers.iter().map(|container| of(&container.usage)).sum()
+    }
+
+    /// When the last of its containers was measured.
+    fn at(&self) -> Option<SystemTime> {
+        self.containers.iter().map(|container| container.usage.at).max()
+    }
+}
+
+/// What a container uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerUsage {
+    /// Its name.
+    pub name: String,
+    /// When this run of it began.
+    pub started_at: SystemTime,
+    /// What this run has used.
+    pub usage: Usage,
+    /// The size of its logs, where that was read.
+    pub log_bytes: Option<u64>,
+}
+
+/// The text of `/metrics/probes`. The pilot runs no probes, so no probe has results.
+#[must_use]
+pub fn probes() -> String {
+    String::from(
+        "# HELP prober_probe_total Liveness, readiness and startup probes of containers by result.\n\
+         # TYPE prober_probe_total counter\n",
+    )
+}
+
+/// A pod with two containers, in a Node, for tests.
+#[cfg(test)]
+fn example() -> Snapshot {
+    use crate::allocation::usage::JobMemory;
+    let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
+    let usage = |millis: u64, cpu: u64, memory: u64| Usage {
+        at: at(1_700_000_100_000 + millis),
+        cpu: Duration::from_nanos(cpu),
+        nano_cores: Some(250_000_000),
+        working_set: memory,
+        usage: memory + 1000,
+        rss: memory - 10,
+        page_faults: 7,
+        major_page_faults: 1,
+        processes: 3,
+    };
+    let container = |name: &str, usage| ContainerUsage {
+        name: name.to_owned(),
+        started_at: at(1_700_000_000_250),
+        usage,
+        log_bytes: Some(123),
+    };
+    Snapshot {
+        node: "site-1-n1".into(),
+        started_at: at(1_690_000_000_000),
+        usage: Some(JobUsage {
+            at: at(1_700_000_100_007),
+            cpu: Duration::from_millis(12_345_678),
+            cpu_source: String::new(),
+            memory: JobMemory {
+                usage: 9_000,
+                working_set: 8_000,
+                rss: 7_000,
+                page_faults: 60,
+                major_page_faults: 5,
+            },
+            memory_source: String::new(),
+        }),
+        nano_cores: Some(1_500_000_000),
+        memory_limit: Some(20_000),
+        pods: vec![PodUsage {
+            namespace: "default".into(),
+            name: "p".into(),
+            uid: "0a-1".into(),
+            started_at: at(1_700_000_000_000),
+            ended_cpu: Duration::from_secs(10),
+            containers: vec![
+                container("c1", usage(1, 1_000_000, 4096)),
+                container("c2", usage(2, 2_500_000_007, 50 << 20)),
+            ],
+        }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_text_of_probes_is_valid() {
+        assert_eq!(super::text_check::samples(&super::probes()).len(), 0);
+    }
+}
