@@ -7,6 +7,7 @@ pub mod cli;
 pub mod commands;
 pub mod guardian;
 
+pub mod certificates;
 pub mod drain;
 pub mod node;
 pub mod pod;
