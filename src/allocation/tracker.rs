@@ -6,8 +6,8 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -95,6 +95,8 @@ pub struct TrackerHandle {
 struct Shared {
     wake: Notify,
     signalled: AtomicBool,
+    /// What was told of the credential's end, until the task has taken it.
+    credential: Mutex<Option<Option<SystemTime>>>,
 }
 
 impl TrackerHandle {
@@ -107,6 +109,12 @@ impl TrackerHandle {
     /// now + `signal_lead`.
     pub fn signalled(&self) {
         self.shared.signalled.store(true, Ordering::Release);
+        self.shared.wake.notify_one();
+    }
+
+    /// The credential ends then, and could not be renewed; `None`: it was renewed after all.
+    pub fn credential_expires(&self, at: Option<SystemTime>) {
+        *self.shared.credential.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
         self.shared.wake.notify_one();
     }
 
@@ -220,6 +228,11 @@ impl Tracker {
                     gap
                 }
                 () = self.shared.wake.notified() => {
+                    let credential = self.shared.credential.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    if let Some(at) = credential {
+                        self.known.credential(at);
+                        self.publish();
+                    }
                     if self.shared.signalled.swap(false, Ordering::AcqRel) {
                         self.known.signalled(SystemTime::now(), self.settings.signal_lead);
                         self.publish();

@@ -27,6 +27,7 @@ use self::state::{guardian_process, load_state, recover, save_state};
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
+use crate::certificates::{self, BootstrapError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
 use crate::container::{Session, Supervisors};
@@ -119,6 +120,9 @@ pub enum SetupError {
     /// There is no way to the API server.
     #[error("{0}")]
     Cluster(#[from] ClusterError),
+    /// There is no node's identity.
+    #[error("{0}")]
+    Bootstrap(#[from] BootstrapError),
     /// The Node cannot be registered.
     #[error("{0}")]
     Node(#[from] NodeError),
@@ -136,6 +140,7 @@ impl SetupError {
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::Cluster(ClusterError::Refused { .. } | ClusterError::Expired { .. }) => true,
+            Self::Bootstrap(error) => error.is_refusal(),
             Self::Node(error) => error.is_forbidden(),
             _ => false,
         }
@@ -215,7 +220,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
 
     let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
-    let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
+    let kube = Kube::load(args.way_in(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
@@ -236,7 +241,8 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     };
     let settings = TrackerSettings {
         walltime,
-        credential_expiry: kube.expires,
+        // A bootstrap credential may expire once it has done its work.
+        credential_expiry: kube.expires.filter(|_| args.bootstrap_kubeconfig.is_none()),
         signal_lead: args.signal_lead,
         ..TrackerSettings::new(state.first_start)
     };
@@ -271,7 +277,15 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     link.set_deadline(first.as_ref().map(|d| d.at));
     // A pilot that has pods to lose does not give the API server up before its time is over.
     let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
-    let client = kube.connect(patience).await?;
+    let client = match &args.bootstrap_kubeconfig {
+        None => kube.connect(patience).await?,
+        Some(_) => {
+            let (known, told) = (deadline.clone(), tracker.clone());
+            let end = move || known.borrow().as_ref().map(|d| d.at);
+            let expires = move |at| told.credential_expires(at);
+            certificates::bootstrap::connect(&kube, &name, &state_dir, patience, end, expires).await?
+        }
+    };
     let ip = match &args.advertise_address {
         Some(ip) => ip.clone(),
         None => {
