@@ -282,6 +282,9 @@ pub fn causes(error: &dyn std::error::Error) -> String {
 }
 
 #[cfg(test)]
+pub(crate) mod stand_in;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

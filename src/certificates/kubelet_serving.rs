@@ -34,7 +34,7 @@ pub async fn keep(
     node: String,
     (names, ips): (Vec<String>, Vec<IpAddr>),
     serving: Arc<Serving>,
-    deadline: impl Fn() -> Option<SystemTime> + Send,
+    deadline: impl Fn() -> Option<SystemTime> + Send + Sync,
 ) {
     match user(&client).await {
         Some(user) if user == format!("{NODE_USER}{node}") => {}
@@ -77,7 +77,7 @@ pub async fn keep(
     }
 }
 
-async fn until_renewal(issued: &Issued, deadline: &impl Fn() -> Option<SystemTime>) {
+async fn until_renewal(issued: &Issued, deadline: &(impl Fn() -> Option<SystemTime> + Sync)) {
     let chance = renewal::chance();
     while let Plan::Wait(wait) = plan(issued.validity, deadline(), SystemTime::now(), chance) {
         tokio::time::sleep(wait).await;
@@ -111,7 +111,7 @@ fn said_no(error: &CallError) {
 mod tests {
     use super::*;
     use crate::certificates::pair::{A_YEAR, self_signed};
-    use crate::certificates::switch::tests::client_of;
+    use crate::cluster::stand_in::client_of;
     use serde_json::json;
     use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,11 +1,58 @@
 //! The certificate that the Node's own API serves with, which another may replace at run time.
 //!
-//! [`Serving`] is what a rustls server asks at each handshake; [`Serving::swap`] puts another in its place.
+//! [`start`] begins with what there is and keeps it good; [`Serving`] is what a rustls server asks at each handshake.
 
+use std::net::IpAddr;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
 
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+
+use super::files::{self, Files};
+use super::kubelet_serving;
+use super::pair::{A_YEAR, CertificateError, self_signed};
+
+/// The certificate of these files (certificate, key), read again when they change; without files a self-signed one, which one
+/// of the cluster replaces where the cluster signs one. `deadline` is the end as it is known at the time. To be called in a
+/// tokio runtime.
+///
+/// # Errors
+/// When the files are no good, or a name cannot stand in a certificate.
+pub fn start(
+    client: kube::Client,
+    node: &str,
+    (names, ips): (Vec<String>, Vec<IpAddr>),
+    given: Option<(&Path, &Path)>,
+    deadline: impl Fn() -> Option<SystemTime> + Send + Sync + 'static,
+) -> Result<Arc<Serving>, CertificateError> {
+    if let Some((certificate, key)) = given {
+        let (files, first) = Files::open(certificate, key)?;
+        let serving = Serving::new(first);
+        tokio::spawn(files::follow(files, Arc::clone(&serving)));
+        return Ok(serving);
+    }
+    // Not the walltime: a limit may be prolonged, and the key is nowhere but in this process.
+    let serving = Serving::new(self_signed(&names, &ips, A_YEAR)?);
+    let kept = kubelet_serving::keep(client, node.to_owned(), (names, ips), Arc::clone(&serving), deadline);
+    tokio::spawn(kept);
+    Ok(serving)
+}
+
+/// A Node's addresses as names and IP addresses, as kubelet sorts them for its certificate
+/// (`pkg/kubelet/certificate/kubelet.go`).
+#[must_use]
+pub fn addresses<'a>(all: impl IntoIterator<Item = &'a str>) -> (Vec<String>, Vec<IpAddr>) {
+    let (mut names, mut ips) = (Vec::new(), Vec::new());
+    for address in all.into_iter().filter(|address| !address.is_empty()) {
+        match address.parse() {
+            Ok(ip) => ips.push(ip),
+            Err(_) => names.push(address.to_owned()),
+        }
+    }
+    (names, ips)
+}
 
 /// The certificate in use. Connections that are open keep theirs; the next handshake gets the newest.
 #[derive(Debug)]
@@ -74,6 +121,13 @@ mod tests {
             client.process_new_packets()?;
         }
         Ok(())
+    }
+
+    #[test]
+    fn addresses_are_sorted_into_names_and_ips() {
+        let (names, ips) = addresses(["host-1", "10.0.0.1", "", "::1"]);
+        assert_eq!(names, ["host-1"]);
+        assert_eq!(ips, ["10.0.0.1".parse::<IpAddr>().unwrap(), "::1".parse().unwrap()]);
     }
 
     #[test]

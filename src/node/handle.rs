@@ -270,11 +270,7 @@ async fn not_that_one(shared: &Shared, conflict: CallError) -> Result<Removal, C
 }
 
 async fn leave_behind(shared: &Shared, error: &CallError) -> Result<(), CallError> {
-    tracing::warn!(
-        node = shared.name(),
-        %error,
-        "this credential may not delete the Node; it stays, cordoned and not ready, until somebody deletes it"
-    );
+    tracing::info!(node = shared.name(), %error, "this credential may not delete the Node, so it is left for a sweeper");
     shared.unschedulable.store(true, Ordering::Relaxed);
     settle_unschedulable(shared).await?;
     shared.health().not_ready.get_or_insert_with(|| NotReady {
@@ -283,3 +279,6 @@ async fn leave_behind(shared: &Shared, error: &CallError) -> Result<(), CallErro
     });
     write_health(shared).await
 }
+
+#[cfg(test)]
+mod tests;

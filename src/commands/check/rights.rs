@@ -216,11 +216,13 @@ pub fn judge_needed(answers: &[(Right, Result<bool, String>)], is_node: bool) ->
     let denied = answers.iter().filter(|(_, answer)| *answer == Ok(false));
     for (right, _) in denied {
         let per_object = is_node && right.resource != "nodes" && right.name.is_none();
-        let verdict = if per_object { Verdict::Warn } else { right.lack };
-        let mend = if per_object {
-            "a node's identity is allowed this for its own pods alone; see docs/cluster/"
+        let left_behind = is_node && right.resource == "nodes" && right.verb == "delete";
+        let (verdict, mend) = if per_object {
+            (Verdict::Warn, "a node's identity is allowed this for its own pods alone; see docs/cluster/")
+        } else if left_behind {
+            (Verdict::Warn, "no node's identity may; let docs/cluster/sweeper.yaml remove such Nodes")
         } else {
-            right.mend
+            (right.lack, right.mend)
         };
         findings.push(Finding {
             verdict,
@@ -306,6 +308,11 @@ mod tests {
     fn a_nodes_identity_is_allowed_objects_one_by_one() {
         let answers = answered(needed("n1", &["a".to_owned()]), |right| right.resource != "configmaps");
         assert_eq!(judge_needed(&answers, true)[0].verdict, Verdict::Warn);
+        let answers =
+            answered(needed("n1", &[]), |right| right.verb != "delete" || right.resource != "nodes");
+        let left = judge_needed(&answers, true);
+        assert!(left[0].verdict == Verdict::Warn && left[0].mend.contains("sweeper"), "{}", left[0].mend);
+        assert_eq!(judge_needed(&answers, false)[0].verdict, Verdict::Fail);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use self::state::{guardian_process, load_state, recover, save_state};
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
-use crate::certificates::{self, BootstrapError};
+use crate::certificates::{self, BootstrapError, CertificateError, Serving};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
 use crate::container::{Session, Supervisors};
@@ -81,6 +81,8 @@ pub struct Pilot {
 struct Holds {
     _lock: Flock<File>,
     _port: Option<OwnedFd>,
+    /// What the Node's own API is to serve with; none where no port is taken.
+    _serving: Option<Arc<Serving>>,
 }
 
 /// Why the pilot did not come to life.
@@ -120,6 +122,9 @@ pub enum SetupError {
     /// There is no way to the API server.
     #[error("{0}")]
     Cluster(#[from] ClusterError),
+    /// There is no certificate for the Node's own API.
+    #[error("{0}")]
+    Certificate(#[from] CertificateError),
     /// There is no node's identity.
     #[error("{0}")]
     Bootstrap(#[from] BootstrapError),
@@ -294,7 +299,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
             found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
-    let holds = Holds { _lock: lock, _port: port };
+    let holds = Holds { _lock: lock, _port: port, _serving: None };
     Ok(Ready {
         url: kube.url(),
         client,
@@ -344,6 +349,15 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     };
     tokio::spawn(follow_deadline(deadline, leads, followers));
 
+    let serving = if args.port == 0 {
+        None
+    } else {
+        let given = args.tls_cert_file.as_deref().zip(args.tls_private_key_file.as_deref());
+        let known = timing.clone();
+        let end = move || known.borrow().as_ref().map(|t| t.deadline);
+        let addresses = certificates::serving::addresses([allocation.host.as_str(), ip.as_str()]);
+        Some(certificates::serving::start(client.clone(), &name, addresses, given, end)?)
+    };
     let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
     let facts = facts(&config, args);
     let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
@@ -405,7 +419,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         kill_wait,
         link,
         state_dir,
-        _holds: ready.holds,
+        _holds: Holds { _serving: serving, ..ready.holds },
     })
 }
 
