@@ -290,6 +290,17 @@ fn the_sweeper_removes_nodes_that_pilots_left_long_ago_and_no_others() {
     leave(&name("ready"), true, "True", old, Some(old));
     leave(&name("not-a-pilots"), false, "False", old, None);
 
+    // The Node controller taints what is not ready; the sweeper leaves alone what changes under its eyes.
+    let all = ["let-go", "dead", "alive", "just-ended", "ready", "not-a-pilots"];
+    let version =
+        |what: &&str| api::cluster("nodes").get(&name(what)).unwrap()["metadata"]["resourceVersion"].clone();
+    let mut before = Vec::new();
+    wait_until("the Nodes are as the Node controller wants them", seconds(30), || {
+        std::thread::sleep(seconds(2));
+        let now: Vec<Value> = all.iter().map(version).collect();
+        std::mem::replace(&mut before, now.clone()) == now
+    });
+
     let directory = shared_directory();
     let config = kubeconfig(directory.path(), &token("jiriaf", "jiriaf-sweeper"));
     let script = api::namespaced("jiriaf", "configmaps").get("jiriaf-sweeper").unwrap();
@@ -306,11 +317,9 @@ fn the_sweeper_removes_nodes_that_pilots_left_long_ago_and_no_others() {
 
     let refused =
         kubectl_as("system:serviceaccount:jiriaf:jiriaf-sweeper", &["delete", "node", &name("ready")]);
-    let left: Vec<&str> = ["let-go", "dead", "alive", "just-ended", "ready", "not-a-pilots"]
-        .into_iter()
-        .filter(|what| api::cluster("nodes").get(&name(what)).is_some())
-        .collect();
-    for what in ["let-go", "dead", "alive", "just-ended", "ready", "not-a-pilots"] {
+    let left: Vec<&str> =
+        all.into_iter().filter(|what| api::cluster("nodes").get(&name(what)).is_some()).collect();
+    for what in all {
         api::cluster("nodes").delete(&name(what), None);
         api::grouped("coordination.k8s.io/v1", "kube-node-lease", "leases").delete(&name(what), None);
     }
