@@ -398,6 +398,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_credential_that_was_not_renewed_is_a_deadline_until_it_is() {
+        let (_stand_in, env, allocation) = job("10:00").await;
+        let (mut channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
+        handle.credential_expires(SystemTime::now().checked_add(Duration::from_secs(60)));
+        let deadline = until(&mut channel, |d| left(d.as_ref()) <= 60).await;
+        assert_eq!(deadline.unwrap().source, "expiry of the credential");
+        handle.credential_expires(None);
+        until(&mut channel, |d| left(d.as_ref()) > 500).await;
+    }
+
+    #[tokio::test]
     async fn a_signal_asks_at_once() {
         let (stand_in, env, allocation) = job("10:00").await;
         let (mut channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));

@@ -242,8 +242,11 @@ fn read(text: Vec<u8>, node: &str, now: SystemTime) -> Result<Issued, String> {
 mod tests {
     use super::*;
     use crate::certificates::pair::subject;
+    use crate::certificates::stand_in::{refused, signing};
+    use crate::cluster::stand_in::client_of;
     use rcgen::{CertificateParams, KeyPair};
     use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::{Arc, Mutex};
 
     fn issued(user: &str, seconds: u64) -> Issued {
         let key = KeyPair::generate().unwrap();
@@ -276,5 +279,51 @@ mod tests {
         assert!(kept(&file, "n1", now + Duration::from_secs(3400)).is_none());
         fs::write(&file, "rubbish").unwrap();
         assert!(kept(&file, "n1", now).is_none());
+    }
+
+    fn kube() -> Kube {
+        let config = kube::Config::new("https://127.0.0.1:1".parse().unwrap());
+        Kube { source: "bootstrap.kubeconfig".to_owned(), config, expires: None }
+    }
+
+    /// Renews what is about to expire for a moment, and returns what was told of the credential's end.
+    async fn renewed(client: kube::Client, file: &Path, issued: Issued) -> Vec<Option<SystemTime>> {
+        let wanted = Wanted {
+            signer: Signer::KubeletClient,
+            node: "n1".to_owned(),
+            names: Vec::new(),
+            ips: Vec::new(),
+        };
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let tell = Arc::clone(&told);
+        let expires = move |at| tell.lock().unwrap().push(at);
+        let work = renew(kube(), wanted, file.to_owned(), issued, Switch::new(client), || None, expires);
+        let _ = tokio::time::timeout(Duration::from_millis(400), work).await;
+        let told = told.lock().unwrap();
+        told.clone()
+    }
+
+    #[tokio::test]
+    async fn a_certificate_is_renewed_and_kept_before_it_expires() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        // Since 1975, so this is past 70 % of its life.
+        let old = issued("system:node:n1", 600);
+        let told = renewed(client_of(signing(7200)), &file, old).await;
+        assert_eq!(told, [None]);
+        let text = fs::read(&file).unwrap();
+        let new = pair::from_pem((FILE, &text), (FILE, &text)).unwrap();
+        let validity = pair::validity(&new.cert[0]).unwrap();
+        assert!(validity.until > SystemTime::now() + Duration::from_secs(7000));
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_cannot_be_renewed_makes_its_end_a_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        let old = issued("system:node:n1", 600);
+        let until = old.validity.until;
+        assert_eq!(renewed(client_of(|_, _, _| refused()), &file, old).await, [Some(until)]);
+        assert!(!file.exists());
     }
 }

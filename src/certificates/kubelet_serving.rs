@@ -111,15 +111,10 @@ fn said_no(error: &CallError) {
 mod tests {
     use super::*;
     use crate::certificates::pair::{A_YEAR, self_signed};
+    use crate::certificates::stand_in::{refused, signing};
     use crate::cluster::stand_in::client_of;
     use serde_json::json;
     use std::sync::atomic::{AtomicU32, Ordering};
-
-    fn refused(code: u16, reason: &str) -> (u16, serde_json::Value) {
-        let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": "no", "reason": reason, "code": code});
-        (code, status)
-    }
 
     #[tokio::test]
     async fn a_service_account_asks_for_nothing() {
@@ -131,7 +126,7 @@ mod tests {
                 return (201, json!({"metadata": {}, "status": {"userInfo": user}}));
             }
             count.fetch_add(1, Ordering::Relaxed);
-            refused(403, "Forbidden")
+            refused()
         });
         let serving = Serving::new(self_signed(&["n".to_owned()], &[], A_YEAR).unwrap());
         keep(client, "n".to_owned(), (vec!["n".to_owned()], Vec::new()), serving, || None).await;
@@ -147,7 +142,7 @@ mod tests {
                 return (201, json!({"metadata": {}, "status": {"userInfo": {"username": "system:node:n"}}}));
             }
             count.fetch_add(1, Ordering::Relaxed);
-            refused(403, "Forbidden")
+            refused()
         });
         let serving = Serving::new(self_signed(&["n".to_owned()], &[], A_YEAR).unwrap());
         let keeping = keep(client, "n".to_owned(), (vec!["n".to_owned()], Vec::new()), serving, || None);
@@ -165,22 +160,12 @@ mod tests {
 
     #[tokio::test]
     async fn what_the_cluster_signs_is_served() {
-        let issuer_key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let issuer = rcgen::CertifiedIssuer::self_signed(params, issuer_key).unwrap();
+        let signing = signing(3600);
         let client = client_of(move |method, path, body| {
             if path.contains("selfsubjectreviews") {
                 return (201, json!({"metadata": {}, "status": {"userInfo": {"username": "system:node:n"}}}));
             }
-            assert_eq!(method, "POST");
-            let mut request: serde_json::Value = serde_json::from_str(body).unwrap();
-            let pem: k8s_openapi::ByteString =
-                serde_json::from_value(request["spec"]["request"].clone()).unwrap();
-            let signed = sign(&pem.0, &issuer);
-            request["metadata"] = json!({"name": "csr-1"});
-            request["status"] = json!({"certificate": k8s_openapi::ByteString(signed.into_bytes())});
-            (201, request)
+            signing(method, path, body)
         });
         let first = self_signed(&["n".to_owned()], &[], A_YEAR).unwrap();
         let before = first.cert[0].clone();
@@ -189,25 +174,5 @@ mod tests {
             keep(client, "n".to_owned(), (vec!["n".to_owned()], Vec::new()), Arc::clone(&serving), || None);
         assert!(tokio::time::timeout(Duration::from_millis(300), keeping).await.is_err());
         assert_ne!(serving.current().cert[0], before);
-    }
-
-    struct Key(Vec<u8>);
-
-    impl rcgen::PublicKeyData for Key {
-        fn der_bytes(&self) -> &[u8] {
-            &self.0
-        }
-
-        fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-            &rcgen::PKCS_ECDSA_P256_SHA256
-        }
-    }
-
-    /// Signs as a cluster would, for the key of the request.
-    fn sign(pem: &[u8], issuer: &rcgen::CertifiedIssuer<'_, rcgen::KeyPair>) -> String {
-        use x509_cert::der::DecodePem as _;
-        let request = x509_cert::request::CertReq::from_pem(pem).unwrap();
-        let key = Key(request.info.public_key.subject_public_key.raw_bytes().to_vec());
-        rcgen::CertificateParams::new(["n".to_owned()]).unwrap().signed_by(&key, issuer).unwrap().pem()
     }
 }

@@ -12,6 +12,9 @@ pub mod request;
 pub mod serving;
 pub mod switch;
 
+#[cfg(test)]
+mod stand_in;
+
 pub use bootstrap::BootstrapError;
 pub use pair::CertificateError;
 pub use serving::Serving;

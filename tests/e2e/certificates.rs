@@ -170,6 +170,38 @@ fn a_serving_certificate_is_used_once_somebody_approves_it() {
     assert_eq!(requests(SERVING, &user).len(), 1);
 }
 
+#[test]
+fn a_token_file_is_read_again_when_it_changes() {
+    // A token that is bound to a Secret dies with it.
+    let secrets = api::namespaced("jiriaf", "secrets");
+    let bound = unique("bound");
+    let secret = secrets.create(&json!({"metadata": {"name": bound}}));
+    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+        "spec": {"expirationSeconds": 3600, "boundObjectRef": {"kind": "Secret", "apiVersion": "v1", "name": bound,
+            "uid": secret["metadata"]["uid"]}}});
+    let first = api::namespaced("jiriaf", "serviceaccounts/jiriaf-pilot/token").create(&request);
+    let directory = shared_directory();
+    let token_file = directory.path().join("token");
+    std::fs::write(&token_file, first["status"]["token"].as_str().unwrap()).unwrap();
+    let file = kubeconfig(directory.path(), "");
+    let mut config: Value = serde_json::from_str(&read(Path::new(&file))).unwrap();
+    config["users"][0]["user"] = json!({"tokenFile": token_file});
+    std::fs::write(&file, config.to_string()).unwrap();
+    let pilot = Pilot::local(Options::new("token-file").env("KUBECONFIG", &file), 600);
+
+    std::fs::write(&token_file, token("jiriaf", "jiriaf-pilot")).unwrap();
+    secrets.delete(&bound, None);
+    // The API server itself goes by what it knew of a token for 10 s.
+    let dead = Timestamp::now().checked_add(SignedDuration::from_secs(20)).unwrap();
+    wait_until("the Lease is renewed by the new token", seconds(120), || {
+        let lease = pilot.lease().expect("the Lease is there");
+        lease["spec"]["renewTime"].as_str().unwrap().parse::<Timestamp>().unwrap() > dead
+    });
+    let namespace = Namespace::new("token-file");
+    namespace.script_on(&pilot, "p", "exit 0\n");
+    namespace.wait_phase("p", "Succeeded", seconds(60));
+}
+
 /// A name that a site may have: without a `-`.
 fn site(label: &str) -> String {
     unique(label).replace('-', "")

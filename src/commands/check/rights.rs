@@ -175,6 +175,20 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
     rights
 }
 
+/// What a bootstrap token is for.
+pub fn bootstrap() -> Vec<Right> {
+    let group = "certificates.k8s.io";
+    let mend = "grant it as docs/cluster/tls-bootstrap.yaml does";
+    let right = |verb, resource| Right { mend, ..Right::new(verb, group, resource) };
+    vec![
+        right("create", "certificatesigningrequests")
+            .without(Verdict::Fail, "no certificate can be asked for"),
+        right("get", "certificatesigningrequests").without(Verdict::Fail, "the certificate cannot be taken"),
+        right("create", "certificatesigningrequests/nodeclient")
+            .without(Verdict::Warn, "somebody has to approve each pilot's request"),
+    ]
+}
+
 /// What no pilot should have: every pod of a pilot can read what the pilot can.
 pub fn excessive() -> Vec<Right> {
     let dangerous = |verb, resource| {
@@ -313,6 +327,16 @@ mod tests {
         let left = judge_needed(&answers, true);
         assert!(left[0].verdict == Verdict::Warn && left[0].mend.contains("sweeper"), "{}", left[0].mend);
         assert_eq!(judge_needed(&answers, false)[0].verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_bootstrap_token_needs_no_more_than_certificates() {
+        let nobody_approves =
+            judge_needed(&answered(bootstrap(), |right| right.subresource.is_empty()), false);
+        assert_eq!((nobody_approves.len(), nobody_approves[0].verdict), (1, Verdict::Warn));
+        let none = judge_needed(&answered(bootstrap(), |_| false), false);
+        assert_eq!(none[0].verdict, Verdict::Fail);
+        assert!(none[0].mend.contains("tls-bootstrap.yaml"));
     }
 
     #[test]
