@@ -156,6 +156,9 @@ pub struct RunArgs {
     /// Credentials for the API server [default: ~/.kube/config, else in-cluster].
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Gets a node's own identity by TLS bootstrap: a kubeconfig with a bootstrap token. It takes the place of --kubeconfig.
+    #[arg(long, env = "JIRIAF_BOOTSTRAP_KUBECONFIG", value_name = "FILE")]
+    pub bootstrap_kubeconfig: Option<PathBuf>,
     /// The Node's name: a DNS name of at most 63 bytes [default: <site or cluster>-<job id>-<host>].
     #[arg(long, env = "NODENAME", value_name = "NAME")]
     pub node_name: Option<String>,
@@ -217,6 +220,14 @@ pub struct RunArgs {
     /// Where pods live and how their scripts start.
     #[command(flatten)]
     pub pods: PodArgs,
+}
+
+impl RunArgs {
+    /// The kubeconfig that tells the way to the API server.
+    #[must_use]
+    pub fn way_in(&self) -> Option<&std::path::Path> {
+        self.bootstrap_kubeconfig.as_deref().or(self.kubeconfig.as_deref())
+    }
 }
 
 /// A taint as written on the command line.

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
+use secrecy::{ExposeSecret as _, SecretString};
 use x509_cert::der::Decode;
 
 /// Longest wait for a connection; a firewall that drops packets answers never.
@@ -129,6 +130,21 @@ impl Kube {
         (url.host().unwrap_or_default().trim_matches(['[', ']']).to_owned(), port)
     }
 
+    /// The same API server by another credential: a client certificate and its key, both PEM.
+    #[must_use]
+    pub fn with_certificate(&self, source: &str, chain: &[u8], key: &SecretString) -> Self {
+        let base64 = &base64::engine::general_purpose::STANDARD;
+        let key = base64.encode(key.expose_secret());
+        let mut config = self.config.clone();
+        config.auth_info = AuthInfo {
+            client_certificate_data: Some(base64.encode(chain)),
+            client_key_data: Some(SecretString::from(key)),
+            ..AuthInfo::default()
+        };
+        let expires = expiry(&config.auth_info);
+        Self { source: format!("{source} ({})", self.source), config, expires }
+    }
+
     /// A client, without any contact yet.
     ///
     /// # Errors
@@ -211,8 +227,7 @@ fn expiry(auth: &AuthInfo) -> Option<SystemTime> {
         (None, Some(path)) => std::fs::read(PathBuf::from(path)).ok(),
         (None, None) => None,
     };
-    let token =
-        auth.token.as_ref().and_then(|token| token_expiry(secrecy::ExposeSecret::expose_secret(token)));
+    let token = auth.token.as_ref().and_then(|token| token_expiry(token.expose_secret()));
     [certificate.as_deref().and_then(certificate_expiry), token].into_iter().flatten().min()
 }
 
@@ -265,6 +280,9 @@ pub fn causes(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+pub(crate) mod stand_in;
 
 #[cfg(test)]
 mod tests {

@@ -9,6 +9,7 @@ pub mod guardian;
 
 pub mod server;
 
+pub mod certificates;
 pub mod drain;
 pub mod node;
 pub mod pod;

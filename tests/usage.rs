@@ -58,6 +58,7 @@ impl Bed {
             drain_at: None,
             grace: Duration::from_millis(100),
             forward_output: false,
+            stdio: jiriaf_pilot::container::Stdio::Null,
         };
         supervisor.start(spec).await;
         let event = tokio::time::timeout(SOON, supervisor.next()).await.unwrap();

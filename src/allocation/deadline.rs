@@ -167,6 +167,11 @@ impl Known {
         Self { batch, learnt, failures, walltime_end, credential, signalled: None }
     }
 
+    /// When the credential ends, as it is known now.
+    pub(super) fn credential(&mut self, at: Option<SystemTime>) {
+        self.credential = at;
+    }
+
     pub(super) fn failures(&self) -> u32 {
         self.failures
     }

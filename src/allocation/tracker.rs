@@ -6,8 +6,8 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -95,6 +95,8 @@ pub struct TrackerHandle {
 struct Shared {
     wake: Notify,
     signalled: AtomicBool,
+    /// What was told of the credential's end, until the task has taken it.
+    credential: Mutex<Option<Option<SystemTime>>>,
 }
 
 impl TrackerHandle {
@@ -107,6 +109,12 @@ impl TrackerHandle {
     /// now + `signal_lead`.
     pub fn signalled(&self) {
         self.shared.signalled.store(true, Ordering::Release);
+        self.shared.wake.notify_one();
+    }
+
+    /// The credential ends then, and could not be renewed; `None`: it was renewed after all.
+    pub fn credential_expires(&self, at: Option<SystemTime>) {
+        *self.shared.credential.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
         self.shared.wake.notify_one();
     }
 
@@ -220,6 +228,11 @@ impl Tracker {
                     gap
                 }
                 () = self.shared.wake.notified() => {
+                    let credential = self.shared.credential.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    if let Some(at) = credential {
+                        self.known.credential(at);
+                        self.publish();
+                    }
                     if self.shared.signalled.swap(false, Ordering::AcqRel) {
                         self.known.signalled(SystemTime::now(), self.settings.signal_lead);
                         self.publish();
@@ -382,6 +395,17 @@ mod tests {
         }
         std::fs::remove_file(stand_in.path().join("squeue")).unwrap();
         until(&mut channel, |d| !d.as_ref().unwrap().confirmed).await;
+    }
+
+    #[tokio::test]
+    async fn a_credential_that_was_not_renewed_is_a_deadline_until_it_is() {
+        let (_stand_in, env, allocation) = job("10:00").await;
+        let (mut channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
+        handle.credential_expires(SystemTime::now().checked_add(Duration::from_secs(60)));
+        let deadline = until(&mut channel, |d| left(d.as_ref()) <= 60).await;
+        assert_eq!(deadline.unwrap().source, "expiry of the credential");
+        handle.credential_expires(None);
+        until(&mut channel, |d| left(d.as_ref()) > 500).await;
     }
 
     #[tokio::test]

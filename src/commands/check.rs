@@ -73,10 +73,14 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
     let state = args.pods.state_dir.clone().unwrap_or_else(|| setup::default_state_dir(&env));
     findings.extend(directories::look(state, Purpose::State).await);
 
-    match Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await {
+    match Kube::load(args.way_in(), home.as_deref()).await {
         Ok(kube) => {
+            let wanted = match &args.bootstrap_kubeconfig {
+                Some(_) => server::Wanted::Certificate,
+                None => server::Wanted::Pilot { namespaces: &args.namespaces },
+            };
             findings.extend(credentials::look(&kube, &env, end.map(|end| end.at), now));
-            findings.extend(server::look(&kube, &name, &args.namespaces).await);
+            findings.extend(server::look(&kube, &name, wanted).await);
         }
         Err(error) => {
             let text = error.to_string();

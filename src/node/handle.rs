@@ -241,7 +241,7 @@ async fn remove_once(shared: &Shared) -> Result<Removal, CallError> {
             Kind::NotFound => Removal::Removed,
             Kind::Conflict => return not_that_one(shared, error).await,
             Kind::Forbidden => {
-                leave_behind(shared, &error).await?;
+                leave_behind(shared).await?;
                 Removal::LeftBehind { source: error }
             }
             _ => return Err(error),
@@ -269,11 +269,10 @@ async fn not_that_one(shared: &Shared, conflict: CallError) -> Result<Removal, C
     Err(conflict)
 }
 
-async fn leave_behind(shared: &Shared, error: &CallError) -> Result<(), CallError> {
-    tracing::warn!(
+async fn leave_behind(shared: &Shared) -> Result<(), CallError> {
+    tracing::info!(
         node = shared.name(),
-        %error,
-        "this credential may not delete the Node; it stays, cordoned and not ready, until somebody deletes it"
+        "this credential may not delete the Node, so it is left for a sweeper"
     );
     shared.unschedulable.store(true, Ordering::Relaxed);
     settle_unschedulable(shared).await?;
@@ -283,3 +282,6 @@ async fn leave_behind(shared: &Shared, error: &CallError) -> Result<(), CallErro
     });
     write_health(shared).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -306,4 +306,4 @@ fn object(value: Value) -> Map<String, Value> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

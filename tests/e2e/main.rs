@@ -7,6 +7,7 @@ mod harness;
 
 mod admission;
 mod bad_input;
+mod certificates;
 mod crash;
 mod deletion;
 mod ending;

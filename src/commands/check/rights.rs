@@ -175,6 +175,20 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
     rights
 }
 
+/// What a bootstrap token is for.
+pub fn bootstrap() -> Vec<Right> {
+    let group = "certificates.k8s.io";
+    let mend = "grant it as docs/cluster/tls-bootstrap.yaml does";
+    let right = |verb, resource| Right { mend, ..Right::new(verb, group, resource) };
+    vec![
+        right("create", "certificatesigningrequests")
+            .without(Verdict::Fail, "no certificate can be asked for"),
+        right("get", "certificatesigningrequests").without(Verdict::Fail, "the certificate cannot be taken"),
+        right("create", "certificatesigningrequests/nodeclient")
+            .without(Verdict::Warn, "somebody has to approve each pilot's request"),
+    ]
+}
+
 /// What no pilot should have: every pod of a pilot can read what the pilot can.
 pub fn excessive() -> Vec<Right> {
     let dangerous = |verb, resource| {
@@ -216,11 +230,13 @@ pub fn judge_needed(answers: &[(Right, Result<bool, String>)], is_node: bool) ->
     let denied = answers.iter().filter(|(_, answer)| *answer == Ok(false));
     for (right, _) in denied {
         let per_object = is_node && right.resource != "nodes" && right.name.is_none();
-        let verdict = if per_object { Verdict::Warn } else { right.lack };
-        let mend = if per_object {
-            "a node's identity is allowed this for its own pods alone; see docs/cluster/"
+        let left_behind = is_node && right.resource == "nodes" && right.verb == "delete";
+        let (verdict, mend) = if per_object {
+            (Verdict::Warn, "a node's identity is allowed this for its own pods alone; see docs/cluster/")
+        } else if left_behind {
+            (Verdict::Warn, "no node's identity may; let docs/cluster/sweeper.yaml remove such Nodes")
         } else {
-            right.mend
+            (right.lack, right.mend)
         };
         findings.push(Finding {
             verdict,
@@ -306,6 +322,21 @@ mod tests {
     fn a_nodes_identity_is_allowed_objects_one_by_one() {
         let answers = answered(needed("n1", &["a".to_owned()]), |right| right.resource != "configmaps");
         assert_eq!(judge_needed(&answers, true)[0].verdict, Verdict::Warn);
+        let answers =
+            answered(needed("n1", &[]), |right| right.verb != "delete" || right.resource != "nodes");
+        let left = judge_needed(&answers, true);
+        assert!(left[0].verdict == Verdict::Warn && left[0].mend.contains("sweeper"), "{}", left[0].mend);
+        assert_eq!(judge_needed(&answers, false)[0].verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_bootstrap_token_needs_no_more_than_certificates() {
+        let nobody_approves =
+            judge_needed(&answered(bootstrap(), |right| right.subresource.is_empty()), false);
+        assert_eq!((nobody_approves.len(), nobody_approves[0].verdict), (1, Verdict::Warn));
+        let none = judge_needed(&answered(bootstrap(), |_| false), false);
+        assert_eq!(none[0].verdict, Verdict::Fail);
+        assert!(none[0].mend.contains("tls-bootstrap.yaml"));
     }
 
     #[test]

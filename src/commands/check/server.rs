@@ -31,14 +31,35 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for a client: a kubeconfig's credential program may ask somebody.
 const CLIENT_LIMIT: Duration = Duration::from_secs(30);
 
+/// What the credential is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// All that a pilot does, in these namespaces.
+    Pilot {
+        /// `--namespaces`.
+        namespaces: &'a [String],
+    },
+    /// To get a node's own certificate by TLS bootstrap.
+    Certificate,
+}
+
 /// All of it; what comes after a failed step is not looked at, and a line says so.
-pub async fn look(kube: &Kube, node: &str, namespaces: &[String]) -> Vec<Finding> {
+pub async fn look(kube: &Kube, node: &str, wanted: Wanted<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let client = match reach(kube, &mut findings).await {
         Ok(client) => client,
         Err(finding) => {
             findings.push(finding);
             findings.push(Finding::warn("rights", "not looked at, for want of the API server", ""));
+            return findings;
+        }
+    };
+    let namespaces = match wanted {
+        Wanted::Pilot { namespaces } => namespaces,
+        Wanted::Certificate => {
+            identity(&client, node, &mut findings).await;
+            let answers = rights::ask(&client, rights::bootstrap()).await;
+            findings.extend(rights::judge_needed(&answers, false));
             return findings;
         }
     };

@@ -227,7 +227,11 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
     match &done.node {
         Ok(Removal::Removed) => tracing::info!("Node and Lease are removed"),
         Ok(Removal::LeftBehind { .. }) => {
-            tracing::info!("the Node is left cordoned, not ready and without a Lease")
+            tracing::info!(
+                node = pilot.context.identity.node,
+                "the Node is left cordoned, not ready and without a Lease; a sweeper removes it (docs/cluster/sweeper.yaml), \
+                 or kubectl delete node"
+            );
         }
         Ok(Removal::NotOurs) => {
             tracing::error!(

@@ -27,6 +27,7 @@ use self::state::{guardian_process, load_state, recover, save_state};
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
+use crate::certificates::{self, BootstrapError, CertificateError, Serving};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
 use crate::container::{Session, Supervisors};
@@ -80,6 +81,8 @@ pub struct Pilot {
 struct Holds {
     _lock: Flock<File>,
     _port: Option<OwnedFd>,
+    /// What the Node's own API is to serve with; none where no port is taken.
+    _serving: Option<Arc<Serving>>,
 }
 
 /// Why the pilot did not come to life.
@@ -119,6 +122,12 @@ pub enum SetupError {
     /// There is no way to the API server.
     #[error("{0}")]
     Cluster(#[from] ClusterError),
+    /// There is no certificate for the Node's own API.
+    #[error("{0}")]
+    Certificate(#[from] CertificateError),
+    /// There is no node's identity.
+    #[error("{0}")]
+    Bootstrap(#[from] BootstrapError),
     /// The Node cannot be registered.
     #[error("{0}")]
     Node(#[from] NodeError),
@@ -136,6 +145,7 @@ impl SetupError {
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::Cluster(ClusterError::Refused { .. } | ClusterError::Expired { .. }) => true,
+            Self::Bootstrap(error) => error.is_refusal(),
             Self::Node(error) => error.is_forbidden(),
             _ => false,
         }
@@ -215,7 +225,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
 
     let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
-    let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
+    let kube = Kube::load(args.way_in(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
@@ -236,7 +246,8 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     };
     let settings = TrackerSettings {
         walltime,
-        credential_expiry: kube.expires,
+        // A bootstrap credential may expire once it has done its work.
+        credential_expiry: kube.expires.filter(|_| args.bootstrap_kubeconfig.is_none()),
         signal_lead: args.signal_lead,
         ..TrackerSettings::new(state.first_start)
     };
@@ -271,7 +282,15 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     link.set_deadline(first.as_ref().map(|d| d.at));
     // A pilot that has pods to lose does not give the API server up before its time is over.
     let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
-    let client = kube.connect(patience).await?;
+    let client = match &args.bootstrap_kubeconfig {
+        None => kube.connect(patience).await?,
+        Some(_) => {
+            let (known, told) = (deadline.clone(), tracker.clone());
+            let end = move || known.borrow().as_ref().map(|d| d.at);
+            let expires = move |at| told.credential_expires(at);
+            certificates::bootstrap::connect(&kube, &name, &state_dir, patience, end, expires).await?
+        }
+    };
     let ip = match &args.advertise_address {
         Some(ip) => ip.clone(),
         None => {
@@ -280,7 +299,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
             found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
-    let holds = Holds { _lock: lock, _port: port };
+    let holds = Holds { _lock: lock, _port: port, _serving: None };
     Ok(Ready {
         url: kube.url(),
         client,
@@ -330,6 +349,15 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     };
     tokio::spawn(follow_deadline(deadline, leads, followers));
 
+    let serving = if args.port == 0 {
+        None
+    } else {
+        let given = args.tls_cert_file.as_deref().zip(args.tls_private_key_file.as_deref());
+        let known = timing.clone();
+        let end = move || known.borrow().as_ref().map(|t| t.deadline);
+        let addresses = certificates::serving::addresses([allocation.host.as_str(), ip.as_str()]);
+        Some(certificates::serving::start(client.clone(), &name, addresses, given, end)?)
+    };
     let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
     let facts = facts(&config, args);
     let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
@@ -392,7 +420,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         kill_wait,
         link,
         state_dir,
-        _holds: ready.holds,
+        _holds: Holds { _serving: serving, ..ready.holds },
     })
 }
 

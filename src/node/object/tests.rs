@@ -4,7 +4,7 @@ use super::super::status::{Health, conditions};
 use super::*;
 use std::time::UNIX_EPOCH;
 
-fn config() -> NodeConfig {
+pub(in crate::node) fn config() -> NodeConfig {
     let taint = Taint {
         key: "virtual-kubelet.io/provider".into(),
         value: Some("mock".into()),

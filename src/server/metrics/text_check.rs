@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A line with a value.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Sample {
-    pub(super) name: String,
-    pub(super) labels: BTreeMap<String, String>,
-    pub(super) value: f64,
-    pub(super) millis: Option<i64>,
+pub(crate) struct Sample {
+    pub(crate) name: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) value: f64,
+    pub(crate) millis: Option<i64>,
 }
 
 /// Reads the text line by line and fails at whatever the format forbids.
-pub(super) fn samples(text: &str) -> Vec<Sample> {
+pub(crate) fn samples(text: &str) -> Vec<Sample> {
     assert!(text.is_empty() || text.ends_with('\n'), "the last line has no end");
     let mut samples: Vec<Sample> = Vec::new();
     let mut families: BTreeMap<String, String> = BTreeMap::new();

@@ -28,6 +28,11 @@ pub fn grouped(group_version: &str, namespace: &str, resource: &str) -> Collecti
     Collection(format!("/apis/{group_version}/namespaces/{namespace}/{resource}"))
 }
 
+/// Objects without a namespace in any group: `cluster_grouped("storage.k8s.io/v1", "storageclasses")`.
+pub fn cluster_grouped(group_version: &str, resource: &str) -> Collection {
+    Collection(format!("/apis/{group_version}/{resource}"))
+}
+
 impl Collection {
     /// The object, or None when there is none of this name.
     pub fn get(&self, name: &str) -> Option<Value> {
@@ -59,6 +64,15 @@ impl Collection {
         let patch = Patch::Merge(patch);
         request(self.core().patch(name, &PatchParams::default(), &patch).unwrap())
             .unwrap_or_else(|error| panic!("patch {} in {}: {error}", name, self.0))
+    }
+
+    /// Merges `patch` into the object's status as another user, or says why not.
+    pub fn try_merge_status_as(&self, user: &str, name: &str, patch: &Value) -> Result<Value, kube::Error> {
+        let patch = Patch::Merge(patch);
+        let mut asked =
+            self.core().patch_subresource("status", name, &PatchParams::default(), &patch).unwrap();
+        asked.headers_mut().insert("Impersonate-User", user.parse().unwrap());
+        request(asked)
     }
 
     /// Asks for the object's deletion, with the object's own grace or another; no such object is fine.
