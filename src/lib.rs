@@ -13,6 +13,8 @@ pub mod pod;
 
 pub mod container;
 
+pub mod tunnel;
+
 pub mod allocation;
 
 pub mod cluster;
