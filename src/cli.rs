@@ -165,6 +165,17 @@ pub struct RunArgs {
     /// The port kept for the Node's own API; 0 takes none until that API is served.
     #[arg(long, env = "KUBELET_PORT", default_value_t = 0, value_name = "PORT")]
     pub port: u16,
+    /// A way through a firewall, kept open by OpenSSH: the API server is reached by it, and the Node's own port from
+    /// there. Options as ?name=value&...: remote-port (0: sshd chooses), bind (*), api=0, ports=pods, identity, address.
+    /// May be given several times; they stand in for each other.
+    #[arg(
+        long = "tunnel",
+        env = "JIRIAF_TUNNEL",
+        value_delimiter = ',',
+        value_parser = crate::tunnel::url::parse,
+        value_name = "ssh://[USER@]HOST[:PORT]"
+    )]
+    pub tunnels: Vec<crate::tunnel::Settings>,
     /// Serving certificate for the Node's own API.
     #[arg(long, env = "APISERVER_CERT_LOCATION", value_name = "FILE")]
     pub tls_cert_file: Option<PathBuf>,
@@ -390,6 +401,7 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--advertise-address", "here"], "--advertise-address"),
             (vec!["jiriaf-pilot", "run", "--label", "a=b c"], "--label"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
+            (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();

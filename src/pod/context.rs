@@ -13,6 +13,7 @@ use super::api::Api;
 use super::directory::ProcessIdentity;
 use super::events::Events;
 use super::expansion::Expand;
+use super::ports::Ports;
 use super::record::Records;
 use crate::container::{Session, Supervisors};
 
@@ -75,6 +76,8 @@ pub struct Context {
     pub draining: watch::Receiver<bool>,
     /// How containers start and end.
     pub policy: Policy,
+    /// The ports that running pods declare, where somebody makes them reachable.
+    pub ports: Option<Ports>,
     /// Where output goes besides the log.
     pub output: Option<mpsc::Sender<OutputLine>>,
 }

@@ -11,6 +11,7 @@ pub mod events;
 pub mod expansion;
 pub mod manager;
 pub mod outcome;
+pub mod ports;
 pub mod publisher;
 pub mod quantity;
 pub mod record;

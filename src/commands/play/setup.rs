@@ -142,6 +142,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         draining: draining_rx,
         // Nobody starts `play` again, so its containers end with it.
         policy: Policy { orphan_timeout: Duration::ZERO, ..policy(found.batch) },
+        ports: None,
         output: Some(output_tx),
     });
     spawn_housekeeping(&context);

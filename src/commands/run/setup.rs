@@ -4,6 +4,7 @@ mod deadline;
 mod node;
 mod places;
 mod state;
+mod tunnel;
 
 use std::fs::File;
 use std::io;
@@ -40,6 +41,7 @@ use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
 use crate::pod::{environment, source};
+use crate::tunnel::Tunnels;
 
 /// How long a container goes on without a pilot; the guardian has started another one long before.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -76,10 +78,11 @@ pub struct Pilot {
     _holds: Holds,
 }
 
-/// What is held only so that nobody else takes it.
+/// What is held while the pilot lives.
 struct Holds {
     _lock: Flock<File>,
     _port: Option<OwnedFd>,
+    tunnels: Option<Tunnels>,
 }
 
 /// Why the pilot did not come to life.
@@ -191,6 +194,8 @@ pub struct Ready {
     site: String,
     name: String,
     ip: String,
+    /// Whether the Node has a port of its own.
+    serves: bool,
     places: Places,
     state: PilotState,
     state_dir: PathBuf,
@@ -215,7 +220,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
 
     let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
-    let kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
+    let mut kube = Kube::load(args.kubeconfig.as_deref(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
@@ -271,16 +276,21 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     link.set_deadline(first.as_ref().map(|d| d.at));
     // A pilot that has pods to lose does not give the API server up before its time is over.
     let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
+    // The port at which the Node's own API is served; none is yet.
+    let node_port = None;
+    let tunnels = tunnel::open(args, &mut kube, node_port, &state_dir, &env).await?;
+    tunnel::wait(tunnels.as_ref(), patience).await?;
     let client = kube.connect(patience).await?;
-    let ip = match &args.advertise_address {
-        Some(ip) => ip.clone(),
+    let far = tunnels.as_ref().and_then(tunnel::address);
+    let ip = match args.advertise_address.clone().or(far) {
+        Some(ip) => ip,
         None => {
             let (host, port) = kube.host_port();
             let found = crate::node::info::advertise_address(&host, port).await;
             found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
-    let holds = Holds { _lock: lock, _port: port };
+    let holds = Holds { _lock: lock, _port: port, tunnels };
     Ok(Ready {
         url: kube.url(),
         client,
@@ -289,6 +299,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
         site,
         name,
         ip,
+        serves: node_port.is_some(),
         places,
         state,
         state_dir,
@@ -330,11 +341,15 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     };
     tokio::spawn(follow_deadline(deadline, leads, followers));
 
-    let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
+    let mut config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
+    if let Some(tunnels) = &ready.holds.tunnels {
+        tunnel::lead_to(&mut config, tunnels, ready.serves);
+    }
     let facts = facts(&config, args);
     let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
     node.spawn_upkeep();
     let node = Arc::new(node);
+    let ports = tunnel::pod_ports(ready.holds.tunnels.as_ref());
 
     let mark = name.clone();
     let context = Arc::new(Context {
@@ -362,8 +377,15 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         drain,
         draining,
         policy: policy(allocation.batch),
+        ports,
         output: None,
     });
+    if let Some(tunnels) = &ready.holds.tunnels {
+        tunnel::follow_node(&node, tunnels, args.advertise_address.is_some(), ready.serves);
+        if let Some(ports) = &context.ports {
+            tunnel::follow_pods(context.api.clone(), ports, tunnels);
+        }
+    }
     spawn_housekeeping(&context);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
