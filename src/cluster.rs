@@ -138,6 +138,12 @@ impl Kube {
         self.via = Some(via);
     }
 
+    /// The address that [`Self::lead_through`] was given.
+    #[must_use]
+    pub fn via(&self) -> Option<SocketAddr> {
+        self.via
+    }
+
     /// kube's configuration as it is used.
     fn effective(&self) -> kube::Config {
         let mut config = self.config.clone();

@@ -45,8 +45,8 @@ impl Keeper {
         let name = self.settings.name();
         let (mut failures, mut told_down) = (0u32, false);
         loop {
-            self.resolve().await;
-            let problem = match self.connect().await {
+            let ((), connected) = tokio::join!(self.resolve(), self.connect());
+            let problem = match connected {
                 Ok((mut master, far_port)) => {
                     let since = Instant::now();
                     self.up(far_port);

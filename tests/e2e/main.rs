@@ -20,5 +20,6 @@ mod scripts;
 mod seed;
 mod signals;
 mod status;
+mod tunnel;
 mod volumes;
 mod walltime;

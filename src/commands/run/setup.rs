@@ -25,6 +25,7 @@ pub(in crate::commands) use self::places::{place, places, private, take_lock, ta
 pub use self::state::restarted;
 pub(in crate::commands) use self::state::{PilotState, instance, read_state, this_process};
 use self::state::{guardian_process, load_state, recover, save_state};
+pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};

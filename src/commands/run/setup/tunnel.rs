@@ -33,7 +33,7 @@ const ANNOTATE_RETRY: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When they cannot be started. One that does not come up is no error here: [`wait`] waits for it.
-pub(super) async fn open(
+pub(in crate::commands) async fn open(
     args: &RunArgs,
     kube: &mut Kube,
     node_port: Option<u16>,
