@@ -34,7 +34,9 @@ impl Login {
         let host = std::fs::read_to_string(path.join("host.pub")).unwrap();
         let write = |name: &str, text: String| std::fs::write(path.join(name), text).unwrap();
         write("known_hosts", format!("[127.0.0.1]:{port} {host}"));
-        write("authorized", std::fs::read_to_string(path.join("key.pub")).unwrap());
+        // As docs/allocation-owner.md says: such a key is good for tunnels alone.
+        let key = std::fs::read_to_string(path.join("key.pub")).unwrap();
+        write("authorized", format!("restrict,port-forwarding {key}"));
         write(
             "sshd_config",
             format!(

@@ -25,6 +25,10 @@ const CONDITION: &str = "TunnelDown";
 /// How much of all tunnels' problems goes into the condition's message.
 const MAX_MESSAGE: usize = 1024;
 
+/// How long tunnels are waited for by which only the Node is reached: the pilot works without them, and the Node says that
+/// they are down. One connection takes no longer.
+const NODE_ONLY: Duration = Duration::from_secs(15);
+
 /// Pause before annotations are sent again that were not taken.
 const ANNOTATE_RETRY: Duration = Duration::from_secs(5);
 
@@ -51,13 +55,19 @@ pub(in crate::commands) async fn open(
     Ok(Some(tunnels))
 }
 
-/// Waits until a tunnel is up that leads to the API server.
+/// Waits until a tunnel is up that leads to the API server, or for a moment where none does.
 ///
 /// # Errors
 /// When none is in time, with what keeps each down.
 pub(super) async fn wait(tunnels: Option<&Tunnels>, limit: Duration) -> Result<(), SetupError> {
     match tunnels {
-        Some(tunnels) => tunnels.wait(limit).await.map_err(|error| SetupError::Host(error.to_string())),
+        Some(tunnels) if tunnels.api().is_some() => {
+            tunnels.wait(limit).await.map_err(|error| SetupError::Host(error.to_string()))
+        }
+        Some(tunnels) => {
+            let _ = tunnels.wait(limit.min(NODE_ONLY)).await;
+            Ok(())
+        }
         None => Ok(()),
     }
 }
