@@ -165,9 +165,26 @@ pub struct RunArgs {
     /// The Node's address [default: this host's address on the route to the API server].
     #[arg(long, env = "VKUBELET_POD_IP", value_parser = parse_address, value_name = "IP")]
     pub advertise_address: Option<String>,
-    /// The port kept for the Node's own API; 0 takes none until that API is served.
+    /// The port of the Node's own API (kubectl logs, exec, metrics); 0 takes a free one.
     #[arg(long, env = "KUBELET_PORT", default_value_t = 0, value_name = "PORT")]
     pub port: u16,
+    /// A way through a firewall, kept open by OpenSSH: the API server is reached by it, and the Node's own port from
+    /// there. Options as ?name=value&...: remote-port (0: sshd chooses), bind (*), api=0, ports=pods, identity, address.
+    /// May be given several times; they stand in for each other.
+    #[arg(
+        long = "tunnel",
+        env = "JIRIAF_TUNNEL",
+        value_delimiter = ',',
+        value_parser = crate::tunnel::url::parse,
+        value_name = "ssh://[USER@]HOST[:PORT]"
+    )]
+    pub tunnels: Vec<crate::tunnel::Settings>,
+    /// Certificates whose holders the Node's own API knows as users [default: the cluster's CA of the kubeconfig].
+    #[arg(long, env = "JIRIAF_CLIENT_CA_FILE", value_name = "FILE")]
+    pub client_ca_file: Option<PathBuf>,
+    /// Lets anybody read /metrics/resource on the Node's own API, and nothing else.
+    #[arg(long, env = "JIRIAF_ANONYMOUS_METRICS")]
+    pub anonymous_metrics: bool,
     /// Serving certificate for the Node's own API.
     #[arg(long, env = "APISERVER_CERT_LOCATION", value_name = "FILE")]
     pub tls_cert_file: Option<PathBuf>,
@@ -401,6 +418,7 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--advertise-address", "here"], "--advertise-address"),
             (vec!["jiriaf-pilot", "run", "--label", "a=b c"], "--label"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
+            (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();

@@ -2,6 +2,7 @@
 //!
 //! [`Kube::load`] reads the kubeconfig without any network; [`Kube::connect`] tries until the API server answers.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -35,6 +36,8 @@ pub struct Kube {
     pub config: kube::Config,
     /// When the credential expires, where it cannot be renewed.
     pub expires: Option<SystemTime>,
+    /// An address of this host that leads to the API server: the end of a tunnel.
+    via: Option<SocketAddr>,
 }
 
 /// Why there is no way to the API server.
@@ -113,7 +116,13 @@ impl Kube {
         }
         let mut config = config;
         config.connect_timeout = Some(CONNECT_LIMIT);
-        Ok(Self { source, config, expires })
+        Ok(Self { source, config, expires, via: None })
+    }
+
+    /// The API server of a configuration whose credential does not expire.
+    #[must_use]
+    pub fn new(source: &str, config: kube::Config) -> Self {
+        Self { source: source.to_owned(), config, expires: None, via: None }
     }
 
     /// The API server's address.
@@ -142,7 +151,31 @@ impl Kube {
             ..AuthInfo::default()
         };
         let expires = expiry(&config.auth_info);
-        Self { source: format!("{source} ({})", self.source), config, expires }
+        Self { source: format!("{source} ({})", self.source), config, expires, via: self.via }
+    }
+
+    /// From here on the API server is reached by this address. It keeps its own name: that is what its certificate is
+    /// checked for, and what [`Self::url`] says.
+    pub fn lead_through(&mut self, via: SocketAddr) {
+        self.via = Some(via);
+    }
+
+    /// The address that [`Self::lead_through`] was given.
+    #[must_use]
+    pub fn via(&self) -> Option<SocketAddr> {
+        self.via
+    }
+
+    /// kube's configuration as it is used.
+    fn effective(&self) -> kube::Config {
+        let mut config = self.config.clone();
+        if let Some(via) = self.via {
+            config.tls_server_name.get_or_insert_with(|| self.host_port().0);
+            // A proxy leads out of the host, and the tunnel begins in it.
+            config.proxy_url = None;
+            config.cluster_url = through(&config.cluster_url, via);
+        }
+        config
     }
 
     /// A client, without any contact yet.
@@ -150,7 +183,7 @@ impl Kube {
     /// # Errors
     /// When certificates or keys of the kubeconfig are no good.
     pub fn client(&self) -> Result<kube::Client, ClusterError> {
-        kube::Client::try_from(self.config.clone()).map_err(|error| ClusterError::Kubeconfig {
+        kube::Client::try_from(self.effective()).map_err(|error| ClusterError::Kubeconfig {
             source_name: self.source.clone(),
             problem: error.to_string(),
         })
@@ -190,6 +223,13 @@ impl Kube {
             delay = (delay * 2).min(RETRY_MOST);
         }
     }
+}
+
+/// The URL with this host and port in place of its own.
+fn through(url: &http::Uri, via: SocketAddr) -> http::Uri {
+    let mut parts = url.clone().into_parts();
+    parts.authority = http::uri::Authority::try_from(via.to_string()).ok().or(parts.authority);
+    http::Uri::from_parts(parts).unwrap_or_else(|_| url.clone())
 }
 
 async fn from_file(path: &Path) -> Result<(String, kube::Config, AuthInfo), ClusterError> {
@@ -296,6 +336,22 @@ mod tests {
         for opaque in ["", "abc", "a.b.c", "e30.e30.x"] {
             assert_eq!(token_expiry(opaque), None, "{opaque}");
         }
+    }
+
+    #[test]
+    fn a_tunnel_changes_the_address_and_not_the_name() {
+        let mut config = kube::Config::new("https://api.site.org:6443/k8s/".parse().unwrap());
+        config.proxy_url = Some("http://proxy:3128".parse().unwrap());
+        let mut kube = Kube { source: String::new(), config, expires: None, via: None };
+        kube.lead_through("127.0.0.1:40123".parse().unwrap());
+        let config = kube.effective();
+        assert_eq!(config.cluster_url.to_string(), "https://127.0.0.1:40123/k8s/");
+        assert_eq!(config.tls_server_name.as_deref(), Some("api.site.org"));
+        assert!(config.proxy_url.is_none());
+        assert_eq!((kube.url().as_str(), kube.host_port().1), ("https://api.site.org:6443/k8s", 6443));
+        // What the kubeconfig says of the name holds.
+        kube.config.tls_server_name = Some("kubernetes".to_owned());
+        assert_eq!(kube.effective().tls_server_name.as_deref(), Some("kubernetes"));
     }
 
     #[tokio::test]

@@ -16,6 +16,8 @@ pub mod pod;
 
 pub mod container;
 
+pub mod tunnel;
+
 pub mod allocation;
 
 pub mod cluster;

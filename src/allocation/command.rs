@@ -1,7 +1,7 @@
 //! Runs a batch system's program: with a time limit, a bounded answer, and an error that says what happened.
 //!
 //! The pilot is a child subreaper and reaps whatever ends below it. Children started here are waited for here:
-//! the reaper asks [`is_ours`] and leaves them alone.
+//! the reaper asks [`is_ours`] and leaves them alone. What runs for as long as the pilot is started by [`keep`].
 //!
 //! Looking a program up and starting it can hang for as long as the file system that it is on. Both happen on a thread
 //! of the runtime's blocking pool, so that the time limit holds then too and the pilot goes on. A runtime with such a
@@ -88,6 +88,26 @@ impl Drop for Registered {
     }
 }
 
+/// A child that goes on until somebody ends it. Until this is dropped, [`is_ours`] knows it.
+#[derive(Debug)]
+pub struct Kept {
+    /// The child.
+    pub child: Child,
+    _registered: Option<Registered>,
+}
+
+/// Starts a child that goes on. Blocks for as long as the file system of its program hangs.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn keep(command: &mut tokio::process::Command) -> std::io::Result<Kept> {
+    let unnamed = Unnamed::new();
+    let child = command.spawn()?;
+    let registered = child.id().and_then(|id| i32::try_from(id).ok()).map(Registered::new);
+    drop(unnamed);
+    Ok(Kept { child, _registered: registered })
+}
+
 /// Why a program gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -147,7 +167,8 @@ pub struct Output {
     pub status: ExitStatus,
     /// Its standard output, at most 1 MiB of it, as UTF-8.
     pub stdout: String,
-    stderr: String,
+    /// Its standard error, in the same way.
+    pub stderr: String,
 }
 
 impl Output {
@@ -179,6 +200,7 @@ pub struct Program {
     locate: Locate,
     args: Vec<String>,
     env: BTreeMap<String, String>,
+    directory: Option<PathBuf>,
 }
 
 /// A program that runs.
@@ -216,13 +238,20 @@ impl Program {
         locate: impl FnOnce() -> Result<PathBuf, CommandError> + Send + 'static,
     ) -> Self {
         let env = env.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        Self { name: PathBuf::from(name), locate: Box::new(locate), args: Vec::new(), env }
+        Self { name: PathBuf::from(name), locate: Box::new(locate), args: Vec::new(), env, directory: None }
     }
 
     /// Adds arguments.
     #[must_use]
     pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
         self.args.extend(args.into_iter().map(str::to_owned));
+        self
+    }
+
+    /// Starts it in this directory.
+    #[must_use]
+    pub fn directory(mut self, path: &Path) -> Self {
+        self.directory = Some(path.to_owned());
         self
     }
 
@@ -253,6 +282,9 @@ impl Program {
             .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true);
+        if let Some(directory) = &self.directory {
+            command.current_dir(directory);
+        }
         let unnamed = Unnamed::new();
         match command.spawn() {
             Ok(child) => {

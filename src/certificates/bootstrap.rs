@@ -283,7 +283,7 @@ mod tests {
 
     fn kube() -> Kube {
         let config = kube::Config::new("https://127.0.0.1:1".parse().unwrap());
-        Kube { source: "bootstrap.kubeconfig".to_owned(), config, expires: None }
+        Kube::new("bootstrap.kubeconfig", config)
     }
 
     /// Renews what is about to expire for a moment, and returns what was told of the credential's end.

@@ -10,6 +10,7 @@ mod finding;
 mod host;
 mod rights;
 mod server;
+mod tunnel;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -74,7 +75,9 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
     findings.extend(directories::look(state, Purpose::State).await);
 
     match Kube::load(args.way_in(), home.as_deref()).await {
-        Ok(kube) => {
+        Ok(mut kube) => {
+            let (_tunnels, found) = tunnel::look(args, &mut kube, &env).await;
+            findings.extend(found);
             let wanted = match &args.bootstrap_kubeconfig {
                 Some(_) => server::Wanted::Certificate,
                 None => server::Wanted::Pilot { namespaces: &args.namespaces },

@@ -14,7 +14,7 @@ use super::alivetime::Published;
 use super::api::{CALL_LIMIT, CallError, Kind, call};
 use super::error::NodeError;
 use super::shared::{NodeState, Shared};
-use super::status::NotReady;
+use super::status::{Health, NotReady};
 use super::upkeep;
 
 /// Tries for a change that somebody waits for, where another hand came between: rare, and never often in a row.
@@ -94,6 +94,12 @@ impl NodeHandle {
             tasks.push(tokio::spawn(upkeep::keep_node(Arc::clone(&self.shared))));
             tasks.push(tokio::spawn(upkeep::keep_watch(Arc::clone(&self.shared))));
         }
+    }
+
+    /// Changes what the Node's status says of its health; the upkeep writes it at once when it differs.
+    pub fn change_health(&self, change: impl FnOnce(&mut Health)) {
+        change(&mut self.shared.health());
+        self.shared.wake.notify_one();
     }
 
     /// Cordons the Node. On success the API server has acknowledged it, and the scheduler sends nothing more

@@ -24,3 +24,4 @@ pub use handle::{NodeHandle, Removal};
 pub use object::{Capacity, NodeConfig};
 pub use registration::register;
 pub use shared::NodeState;
+pub use status::{Endpoint, Further, Health};

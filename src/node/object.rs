@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::alivetime::{Timing, whole_seconds};
 use super::labels::label_value;
+use super::status::Health;
 
 /// Annotation: which pilot made this Node. It outlives a crash of the pilot and differs for every run.
 pub const INSTANCE: &str = "jiriaf.instance";
@@ -94,8 +95,10 @@ pub struct NodeConfig {
     pub internal_ip: String,
     /// What the allocation grants.
     pub capacity: Capacity,
-    /// Port of the kubelet's API; `None` as long as nobody listens.
+    /// Port of the kubelet's API; `None` as long as nobody listens. [`Health::endpoint`] stands before it.
     pub daemon_port: Option<u16>,
+    /// Features that the Node declares, sorted.
+    pub declared_features: Vec<String>,
     /// `status.nodeInfo`, see [`super::info::node_info`].
     pub info: NodeSystemInfo,
 }
@@ -115,7 +118,12 @@ pub struct Moment<'a> {
 
 /// The whole Node, as it is registered.
 #[must_use]
-pub fn node(config: &NodeConfig, moment: &Moment<'_>, conditions: Vec<NodeCondition>) -> Node {
+pub fn node(
+    config: &NodeConfig,
+    moment: &Moment<'_>,
+    health: &Health,
+    conditions: Vec<NodeCondition>,
+) -> Node {
     let present =
         |map: BTreeMap<String, Option<String>>| map.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
     Node {
@@ -130,7 +138,7 @@ pub fn node(config: &NodeConfig, moment: &Moment<'_>, conditions: Vec<NodeCondit
             unschedulable: moment.unschedulable.then_some(true),
             ..NodeSpec::default()
         }),
-        status: Some(status(config, conditions)),
+        status: Some(status(config, health, conditions)),
     }
 }
 
@@ -187,23 +195,31 @@ fn rfc3339(time: SystemTime) -> Option<String> {
 
 /// The whole status.
 #[must_use]
-pub fn status(config: &NodeConfig, conditions: Vec<NodeCondition>) -> NodeStatus {
+pub fn status(config: &NodeConfig, health: &Health, conditions: Vec<NodeCondition>) -> NodeStatus {
     let resources = config.capacity.quantities();
+    let (ip, hostname, port) = match &health.endpoint {
+        // By default the API server dials the address of type Hostname first (`--kubelet-preferred-address-types`).
+        Some(endpoint) => {
+            let ip = endpoint.ip.as_ref().unwrap_or(&config.internal_ip);
+            (ip, ip, endpoint.port)
+        }
+        None => (&config.internal_ip, &config.hostname, config.daemon_port),
+    };
     let address =
         |kind: &str, address: &str| NodeAddress { type_: kind.to_owned(), address: address.to_owned() };
-    let mut addresses =
-        vec![address("InternalIP", &config.internal_ip), address("Hostname", &config.hostname)];
+    let mut addresses = vec![address("InternalIP", ip), address("Hostname", hostname)];
     addresses.retain(|a| !a.address.is_empty());
     NodeStatus {
         capacity: Some(resources.clone()),
         allocatable: Some(resources),
         addresses: Some(addresses),
         conditions: Some(conditions),
-        daemon_endpoints: config.daemon_port.map(|port| NodeDaemonEndpoints {
+        daemon_endpoints: port.map(|port| NodeDaemonEndpoints {
             kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
         }),
         node_info: Some(config.info.clone()),
         images: None::<Vec<ContainerImage>>,
+        declared_features: (!config.declared_features.is_empty()).then(|| config.declared_features.clone()),
         ..NodeStatus::default()
     }
 }
@@ -233,8 +249,16 @@ pub fn upkeep_patch(
     patch["metadata"]["annotations"] = json!(stamps(config, moment));
     if let Some(status) = status {
         patch["status"] = json!(status);
+        undial(&mut patch, status);
     }
     patch
+}
+
+/// A strategic merge patch leaves alone what it does not name: a port that leads nowhere any more is taken out.
+fn undial(patch: &mut Value, status: &NodeStatus) {
+    if status.daemon_endpoints.is_none() {
+        patch["status"]["daemonEndpoints"] = Value::Null;
+    }
 }
 
 /// The status alone (strategic merge patch to `/status`). Resources that `existing` has and this pilot has not
@@ -250,9 +274,7 @@ pub fn status_patch(uid: &str, existing: Option<&Node>, status: &NodeStatus) -> 
         let Some(new) = patch["status"][field].as_object_mut() else { continue };
         add_nulls(new, had.into_iter().flat_map(BTreeMap::keys));
     }
-    if status.daemon_endpoints.is_none() {
-        patch["status"]["daemonEndpoints"] = Value::Null; // A dead pilot's port must not be dialled.
-    }
+    undial(&mut patch, status);
     patch
 }
 

@@ -201,7 +201,8 @@ async fn adopt(shared: &Shared, existing: &Node, anew: bool) -> Result<(), Failu
     };
     let health = shared.health().clone();
     let made = conditions(&observed(existing), &health, Timestamp::now());
-    let patch = status_patch(&super::api::uid(existing), Some(existing), &status(&shared.config, made));
+    let patch =
+        status_patch(&super::api::uid(existing), Some(existing), &status(&shared.config, &health, made));
     let node = call(shared.nodes.patch_status(shared.name(), &params, &Patch::Strategic(&patch))).await;
     let node = node.map_err(|error| Failure::Call("writing the Node's status", error))?;
     tracing::info!(node = shared.name(), uid = super::api::uid(&node), "adopted the Node that was there");

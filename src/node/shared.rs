@@ -166,7 +166,7 @@ impl Shared {
         loop {
             let fresh = self.fresh(SystemTime::now());
             let moment = self.moment(fresh.timing.as_ref(), fresh.value);
-            let node = object::node(&self.config, &moment, made.clone());
+            let node = object::node(&self.config, &moment, &health, made.clone());
             match call(self.nodes.create(&PostParams::default(), &node)).await {
                 Ok(node) => return Ok((node, fresh, health)),
                 Err(error) if self.role_refused(&error) => {}

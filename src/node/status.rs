@@ -17,6 +17,32 @@ pub struct Health {
     pub pid_pressure: bool,
     /// Why the Node takes no pods; `None` while it is ready.
     pub not_ready: Option<NotReady>,
+    /// Conditions that a kubelet does not have.
+    pub further: Vec<Further>,
+    /// Where the Node's own API is reached, where that is another place than the Node was made with and may change.
+    pub endpoint: Option<Endpoint>,
+}
+
+/// A condition that a kubelet does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Further {
+    /// Its type.
+    pub kind: &'static str,
+    /// Whether it holds.
+    pub holds: bool,
+    /// One word in CamelCase.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+/// Where the Node's own API is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The Node's address; `None` leaves it as it was made.
+    pub ip: Option<String>,
+    /// The port; `None` while there is none: nobody is to dial it then.
+    pub port: Option<u16>,
 }
 
 /// Why a Node is not ready.
@@ -28,8 +54,8 @@ pub struct NotReady {
     pub message: String,
 }
 
-/// The conditions as they are to be written: MemoryPressure, DiskPressure, PIDPressure, Ready last (what reads
-/// them in order expects Ready to sum up the others). `before` are the conditions as the API server has them:
+/// The conditions as they are to be written: MemoryPressure, DiskPressure, PIDPressure, those of our own, Ready last
+/// (what reads them in order expects Ready to sum up the others). `before` are the conditions as the API server has them:
 /// what did not change keeps its time of transition.
 #[must_use]
 pub fn conditions(before: &[NodeCondition], health: &Health, now: Timestamp) -> Vec<NodeCondition> {
@@ -41,7 +67,7 @@ pub fn conditions(before: &[NodeCondition], health: &Health, now: Timestamp) -> 
         None => condition(before, "Ready", "True", "KubeletReady", "kubelet is posting ready status", now),
         Some(why) => condition(before, "Ready", "False", &why.reason, &why.message, now),
     };
-    vec![
+    let mut all = vec![
         pressure(
             "MemoryPressure",
             health.memory_pressure,
@@ -60,8 +86,13 @@ pub fn conditions(before: &[NodeCondition], health: &Health, now: Timestamp) -> 
             ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
             ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
         ),
-        ready,
-    ]
+    ];
+    all.extend(health.further.iter().map(|further| {
+        let status = if further.holds { "True" } else { "False" };
+        condition(before, further.kind, status, further.reason, &further.message, now)
+    }));
+    all.push(ready);
+    all
 }
 
 fn condition(
@@ -121,7 +152,7 @@ mod tests {
     #[test]
     fn pressure_is_said() {
         let health =
-            Health { memory_pressure: true, disk_pressure: true, pid_pressure: true, not_ready: None };
+            Health { memory_pressure: true, disk_pressure: true, pid_pressure: true, ..Health::default() };
         let made = conditions(&[], &health, time(5));
         assert!(made[..3].iter().all(|c| c.status == "True"));
         assert_eq!(made[2].reason.as_deref(), Some("KubeletHasInsufficientPID"));
@@ -138,6 +169,25 @@ mod tests {
         assert_eq!(second[3].last_transition_time, Some(Time(time(9))));
         assert_eq!(second[3].message.as_deref(), Some("node is shutting down"));
         assert_eq!(conditions(&second, &ending, time(12))[3].last_transition_time, Some(Time(time(9))));
+    }
+
+    #[test]
+    fn further_conditions_stand_before_ready_and_keep_their_time() {
+        let down = |holds, message: &str| Health {
+            further: vec![Further { kind: "TunnelDown", holds, reason: "R", message: message.into() }],
+            ..Health::default()
+        };
+        let first = conditions(&[], &down(true, "a"), time(5));
+        let kinds: Vec<_> = first.iter().map(|c| c.type_.as_str()).collect();
+        assert_eq!(kinds, ["MemoryPressure", "DiskPressure", "PIDPressure", "TunnelDown", "Ready"]);
+        assert_eq!(first[3].status, "True");
+        let second = conditions(&first, &down(true, "b"), time(9));
+        assert_eq!(second[3].last_transition_time, Some(Time(time(5))));
+        assert_eq!(second[3].message.as_deref(), Some("b"));
+        assert_eq!(
+            conditions(&second, &down(false, ""), time(12))[3].last_transition_time,
+            Some(Time(time(12)))
+        );
     }
 
     #[test]

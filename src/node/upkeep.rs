@@ -208,7 +208,8 @@ pub(super) async fn write(
     let node = match &health {
         Some(health) => {
             let made = conditions(&writer.observed, health, Timestamp::now());
-            let patch = upkeep_patch(&shared.config, &expected, &moment, Some(&status(&shared.config, made)));
+            let patch =
+                upkeep_patch(&shared.config, &expected, &moment, Some(&status(&shared.config, health, made)));
             call(shared.nodes.patch_status(name, &params, &Patch::Strategic(&patch))).await?
         }
         None => {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret, ServiceAccount};
 use k8s_openapi::serde_json::Value;
+use k8s_openapi::serde_json::json;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -240,6 +241,29 @@ impl Api {
                 pod.status = Some(status.clone());
                 Ok(Patched::Acknowledged(Box::new(pod)))
             }
+        }
+    }
+
+    /// Sets annotations of a pod, or takes them out (`None`), if it still is the one of this uid. One that is gone is no
+    /// error. It goes to the status, which takes annotations too (`pkg/registry/core/pod/strategy.go`): the right to
+    /// patch pods would be the right to change what they run.
+    ///
+    /// # Errors
+    /// When the API server does not answer or refuses.
+    pub async fn annotate(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        annotations: &BTreeMap<String, Option<String>>,
+    ) -> Result<(), ApiError> {
+        let Self::Cluster(cluster) = self else { return Ok(()) };
+        let patch = json!({"metadata": {"uid": uid, "annotations": annotations}});
+        let api = cluster.pods(namespace);
+        match cluster.call(api.patch_status(name, &PatchParams::default(), &Patch::Merge(&patch))).await {
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.code(), Some(404 | 409)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

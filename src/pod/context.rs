@@ -13,9 +13,11 @@ use super::api::Api;
 use super::directory::ProcessIdentity;
 use super::events::Events;
 use super::expansion::Expand;
+use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
 use crate::container::{Session, Supervisors};
+use crate::pilot_metrics::PilotMetrics;
 
 /// How many pieces of work on the pods directory go on at once: half of the runtime's blocking threads. A home directory
 /// that hangs holds these, and name resolution and the batch system's programs still have theirs.
@@ -76,8 +78,12 @@ pub struct Context {
     pub draining: watch::Receiver<bool>,
     /// The pods as they are now, for those who only look.
     pub roster: Arc<Roster>,
+    /// This pilot's own figures.
+    pub metrics: PilotMetrics,
     /// How containers start and end.
     pub policy: Policy,
+    /// The ports that running pods declare, where somebody makes them reachable.
+    pub ports: Option<Ports>,
     /// Where output goes besides the log.
     pub output: Option<mpsc::Sender<OutputLine>>,
 }

@@ -12,6 +12,7 @@ pub mod expansion;
 pub mod handler;
 pub mod manager;
 pub mod outcome;
+pub mod ports;
 pub mod publisher;
 pub mod quantity;
 pub mod record;

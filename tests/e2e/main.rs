@@ -21,5 +21,6 @@ mod scripts;
 mod seed;
 mod signals;
 mod status;
+mod tunnel;
 mod volumes;
 mod walltime;

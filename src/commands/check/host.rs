@@ -34,8 +34,8 @@ pub fn tools(env: &Environment, batch: BatchSystem) -> Vec<Finding> {
 /// The port for the Node's own API.
 pub fn port(args: &RunArgs) -> Finding {
     match take_port(args.port) {
-        Ok(None) => Finding::ok("port", "none is asked for"),
-        Ok(Some(_)) => Finding::ok("port", format!("{} is free", args.port)),
+        Ok(_) if args.port == 0 => Finding::ok("port", "any free one"),
+        Ok(_) => Finding::ok("port", format!("{} is free", args.port)),
         Err(error) => Finding::fail("port", error.to_string(), ""),
     }
 }

@@ -81,6 +81,9 @@ async fn reach(kube: &Kube, findings: &mut Vec<Finding>) -> Result<kube::Client,
 
 /// Host and port that are really connected to: a proxy's where there is one.
 fn first_hop(kube: &Kube) -> (String, u16, &'static str) {
+    if let Some(via) = kube.via() {
+        return (via.ip().to_string(), via.port(), "way to the API server");
+    }
     match &kube.config.proxy_url {
         Some(proxy) => {
             let default = if proxy.scheme_str() == Some("https") { 443 } else { 80 };

@@ -142,7 +142,9 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         draining: draining_rx,
         // Nobody starts `play` again, so its containers end with it.
         roster: Arc::default(),
+        metrics: crate::pilot_metrics::PilotMetrics::new(),
         policy: Policy { orphan_timeout: Duration::ZERO, ..policy(found.batch) },
+        ports: None,
         output: Some(output_tx),
     });
     spawn_housekeeping(&context);

@@ -1,39 +1,45 @@
 //! From the command line to a registered Node: each step either works or says what to do about it.
 
+mod api;
 mod deadline;
 mod node;
 mod places;
 mod state;
+mod tunnel;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
+use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
+pub(in crate::commands) use self::api::take_port;
 pub(in crate::commands) use self::deadline::rfc3339;
 use self::deadline::{Followers, follow_deadline, say_what_was_granted};
 pub(in crate::commands) use self::node::{capacity, node_name, site};
 use self::node::{facts, follow_labels, node_config};
 pub use self::places::default_state_dir;
-pub(in crate::commands) use self::places::{place, places, private, take_lock, take_port};
+pub(in crate::commands) use self::places::{place, places, private, take_lock};
 pub use self::state::restarted;
 pub(in crate::commands) use self::state::{PilotState, instance, read_state, this_process};
 use self::state::{guardian_process, load_state, recover, save_state};
+pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
-use crate::certificates::{self, BootstrapError, CertificateError, Serving};
+use crate::certificates::{self, BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
 use crate::container::{Session, Supervisors};
 use crate::drain::{LEAST_TIME, Leads};
 use crate::guardian::GuardianLink;
 use crate::node::{NodeError, NodeHandle, Timing};
+use crate::pilot_metrics::PilotMetrics;
 use crate::pod::api::{Api, Cluster};
 use crate::pod::context::{Context, Identity, Places, Policy, on_disk};
 use crate::pod::directory;
@@ -41,6 +47,7 @@ use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
 use crate::pod::{environment, source};
+use crate::tunnel::Tunnels;
 
 /// How long a container goes on without a pilot; the guardian has started another one long before.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -77,12 +84,10 @@ pub struct Pilot {
     _holds: Holds,
 }
 
-/// What is held only so that nobody else takes it.
+/// What is held while the pilot lives.
 struct Holds {
     _lock: Flock<File>,
-    _port: Option<OwnedFd>,
-    /// What the Node's own API is to serve with; none where no port is taken.
-    _serving: Option<Arc<Serving>>,
+    tunnels: Option<Tunnels>,
 }
 
 /// Why the pilot did not come to life.
@@ -204,6 +209,8 @@ pub struct Ready {
     places: Places,
     state: PilotState,
     state_dir: PathBuf,
+    listener: TcpListener,
+    authorities: Vec<CertificateDer<'static>>,
     holds: Holds,
     deadline: watch::Receiver<Option<Deadline>>,
     first: Option<Deadline>,
@@ -225,7 +232,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
 
     let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
-    let kube = Kube::load(args.way_in(), home.as_deref()).await?;
+    let mut kube = Kube::load(args.way_in(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation);
@@ -234,7 +241,8 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     private("state directory", &state_root)?;
     private("state directory", &state_dir)?;
     let lock = take_lock(&state_dir)?;
-    let port = take_port(args.port)?;
+    let listener = take_port(args.port)?;
+    let authorities = api::client_authorities(args.client_ca_file.as_deref(), &kube)?;
     let places = places(&args.pods, &env, allocation.job_id.as_ref().map(|j| j.value.as_str()), &name)?;
     let mut state = load_state(&state_dir)?;
     link.set_supervisors(&state_dir.join("containers"));
@@ -282,6 +290,9 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     link.set_deadline(first.as_ref().map(|d| d.at));
     // A pilot that has pods to lose does not give the API server up before its time is over.
     let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
+    let node_port = Some(api::port_of(&listener)?);
+    let tunnels = tunnel::open(args, &mut kube, node_port, &state_dir, &env).await?;
+    tunnel::wait(tunnels.as_ref(), patience).await?;
     let client = match &args.bootstrap_kubeconfig {
         None => kube.connect(patience).await?,
         Some(_) => {
@@ -291,15 +302,16 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
             certificates::bootstrap::connect(&kube, &name, &state_dir, patience, end, expires).await?
         }
     };
-    let ip = match &args.advertise_address {
-        Some(ip) => ip.clone(),
+    let far = tunnels.as_ref().and_then(tunnel::address);
+    let ip = match args.advertise_address.clone().or(far) {
+        Some(ip) => ip,
         None => {
             let (host, port) = kube.host_port();
             let found = crate::node::info::advertise_address(&host, port).await;
             found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
         }
     };
-    let holds = Holds { _lock: lock, _port: port, _serving: None };
+    let holds = Holds { _lock: lock, tunnels };
     Ok(Ready {
         url: kube.url(),
         client,
@@ -311,6 +323,8 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
         places,
         state,
         state_dir,
+        listener,
+        authorities,
         holds,
         deadline,
         first,
@@ -347,22 +361,23 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         draining: draining.clone(),
         kill_wait: ready.kill_wait,
     };
+    let known_deadline = deadline.clone();
     tokio::spawn(follow_deadline(deadline, leads, followers));
 
-    let serving = if args.port == 0 {
-        None
-    } else {
-        let given = args.tls_cert_file.as_deref().zip(args.tls_private_key_file.as_deref());
-        let known = timing.clone();
-        let end = move || known.borrow().as_ref().map(|t| t.deadline);
-        let addresses = certificates::serving::addresses([allocation.host.as_str(), ip.as_str()]);
-        Some(certificates::serving::start(client.clone(), &name, addresses, given, end)?)
-    };
-    let config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
+    let mut config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
+    config.daemon_port = Some(api::port_of(&ready.listener)?);
+    config.declared_features = api::declared_features(&client).await;
+    if let Some(tunnels) = &ready.holds.tunnels {
+        tunnel::lead_to(&mut config, tunnels);
+    }
+    // By the login host where tunnels lead here, and from beside it in any case.
+    let mut reached_at = vec![config.hostname.clone(), ip.clone(), allocation.host.clone()];
+    reached_at.dedup();
     let facts = facts(&config, args);
     let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
     node.spawn_upkeep();
     let node = Arc::new(node);
+    let ports = tunnel::pod_ports(ready.holds.tunnels.as_ref());
 
     let mark = name.clone();
     let context = Arc::new(Context {
@@ -390,9 +405,30 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         drain,
         draining,
         roster: Arc::default(),
+        metrics: PilotMetrics::new(),
         policy: policy(allocation.batch),
+        ports,
         output: None,
     });
+    if let Some(tunnels) = &ready.holds.tunnels {
+        tunnel::follow_node(&node, tunnels, args.advertise_address.is_some());
+        if let Some(ports) = &context.ports {
+            tunnel::follow_pods(context.api.clone(), ports, tunnels);
+        }
+    }
+    api::serve(api::Parts {
+        args,
+        client: client.clone(),
+        listener: ready.listener,
+        authorities: &ready.authorities,
+        context: &context,
+        allocation: &allocation,
+        node: &name,
+        site: &site,
+        addresses: reached_at,
+        timing: timing.clone(),
+        deadline: known_deadline,
+    })?;
     spawn_housekeeping(&context);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
@@ -420,7 +456,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         kill_wait,
         link,
         state_dir,
-        _holds: Holds { _serving: serving, ..ready.holds },
+        _holds: ready.holds,
     })
 }
 

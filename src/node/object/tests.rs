@@ -32,6 +32,7 @@ pub(in crate::node) fn config() -> NodeConfig {
             ephemeral_storage_bytes: 2048,
             gpus: [("nvidia.com/gpu".to_owned(), 4)].into(),
         },
+        declared_features: Vec::new(),
         daemon_port: None,
         info: NodeSystemInfo::default(),
     }
@@ -43,7 +44,7 @@ fn timing() -> Timing {
 }
 
 fn made(config: &NodeConfig, moment: &Moment<'_>) -> Node {
-    node(config, moment, conditions(&[], &Health::default(), Timestamp::UNIX_EPOCH))
+    node(config, moment, &Health::default(), conditions(&[], &Health::default(), Timestamp::UNIX_EPOCH))
 }
 
 fn with_end(timing: &Timing) -> Moment<'_> {
@@ -168,7 +169,7 @@ fn the_upkeep_writes_only_what_moves_and_takes_away_what_is_gone() {
     let patch = upkeep_patch(&config(), &expected, &Moment::default(), None);
     assert_eq!(patch["metadata"]["labels"], json!({"jiriaf.alivetime": null, "jiriaf.walltime": null}));
     assert_eq!(patch["metadata"]["annotations"]["jiriaf.drain"], Value::Null);
-    let status = status(&config(), vec![]);
+    let status = status(&config(), &Health::default(), vec![]);
     let both = upkeep_patch(&config(), &expected, &with_end(&end), Some(&status));
     assert_eq!(both["status"]["capacity"]["cpu"], "2");
 }
@@ -213,8 +214,31 @@ fn our_own_node_keeps_what_others_did_to_it() {
 fn a_status_takes_out_what_a_dead_pilot_had() {
     let old = made(&config(), &Moment::default());
     let ours = NodeConfig { capacity: Capacity { cpus: 1, ..Capacity::default() }, ..config() };
-    let patch = status_patch("u1", Some(&old), &status(&ours, vec![]));
+    let patch = status_patch("u1", Some(&old), &status(&ours, &Health::default(), vec![]));
     assert_eq!(patch["status"]["capacity"].get("nvidia.com/gpu"), Some(&Value::Null));
     assert_eq!(patch["status"]["allocatable"]["cpu"], "1");
     assert_eq!(patch["status"].get("daemonEndpoints"), Some(&Value::Null));
+}
+
+#[test]
+fn the_way_through_a_tunnel_is_what_the_node_says_while_there_is_one() {
+    use super::super::status::Endpoint;
+    let through = |ip: Option<&str>, port| Health {
+        endpoint: Some(Endpoint { ip: ip.map(str::to_owned), port }),
+        ..Health::default()
+    };
+    let up = status(&config(), &through(Some("198.51.100.7"), Some(31000)), vec![]);
+    assert_eq!(up.daemon_endpoints.as_ref().unwrap().kubelet_endpoint.as_ref().unwrap().port, 31000);
+    // The API server dials the first of these by its own order of types.
+    assert!(up.addresses.as_ref().unwrap().iter().all(|a| a.address == "198.51.100.7"), "{up:?}");
+    let given = status(&config(), &through(None, Some(31000)), vec![]);
+    assert!(given.addresses.unwrap().iter().all(|a| a.address == config().internal_ip));
+    let down = status(&config(), &through(None, None), vec![]);
+    let expected = Expected { uid: "u1".into(), version: None };
+    let patch = upkeep_patch(&config(), &expected, &Moment::default(), Some(&down));
+    assert_eq!(
+        patch["status"].get("daemonEndpoints"),
+        Some(&Value::Null),
+        "a port that leads nowhere is dialled"
+    );
 }

@@ -9,6 +9,7 @@ use super::run::{Order, Told};
 use super::state::{ended, is_over, timestamp, unknown_end, waiting};
 use super::{ANNOUNCE_AFTER, Command, FORCED_GRACE, Stop, Why, Worker, deletion_grace, own_grace};
 use crate::container::Event;
+use crate::pilot_metrics::StartedFrom;
 use crate::pod::backoff::{self, Next};
 use crate::pod::events::Kind;
 use crate::pod::status::{self, State, container_id};
@@ -54,6 +55,8 @@ impl Worker {
                 self.announce_at = None;
                 let message = format!("Started container {name}");
                 self.context.events.record(&self.record.pod, Some(&name), Kind::Normal, "Started", &message);
+                self.context.metrics.container_started();
+                self.measure_start();
                 return;
             }
             Event::Ended(end) => {
@@ -85,6 +88,7 @@ impl Worker {
             Event::Output { .. } | Event::ExecEnded { .. } | Event::ExecFailed { .. } => return,
         };
         record.state = state;
+        self.context.metrics.container_ended();
         if let Some(message) = message {
             self.context.events.record(&self.record.pod, Some(&name), kind, reason, &message);
         }
@@ -97,6 +101,23 @@ impl Worker {
         self.save();
         if let Some(orders) = acknowledge {
             let _ = orders.try_send(Order::Acknowledge);
+        }
+    }
+
+    /// How long the pod's first start took, once all of its containers run.
+    fn measure_start(&self) {
+        let all = self.record.containers.values();
+        if !all.clone().all(|c| c.restart == 0 && matches!(c.state, State::Running { .. })) {
+            return;
+        }
+        let since =
+            |from: Timestamp| Duration::try_from(Timestamp::now().duration_since(from)).unwrap_or_default();
+        self.context.metrics.pod_started(StartedFrom::Admitted, since(self.record.admitted));
+        let conditions = self.record.pod.status.iter().flat_map(|s| s.conditions.iter().flatten());
+        let bound =
+            conditions.filter(|c| c.type_ == "PodScheduled").find_map(|c| c.last_transition_time.clone());
+        if let Some(bound) = bound {
+            self.context.metrics.pod_started(StartedFrom::Bound, since(bound.0));
         }
     }
 

@@ -91,10 +91,19 @@ impl Worker {
         );
     }
 
+    /// Tells whoever makes ports reachable whether the pod is to be reached.
+    pub(super) fn note_ports(&self) {
+        if let Some(ports) = &self.context.ports {
+            let mut states = self.record.containers.values().map(|container| &container.state);
+            ports.note(&self.record.pod, !self.ended && states.any(|s| matches!(s, State::Running { .. })));
+        }
+    }
+
     /// Publishes, and takes the steps that only wait for the API server's word.
     pub(super) async fn settle(&mut self) {
         let before = self.ended;
         self.publish();
+        self.note_ports();
         if self.ended && !before {
             self.save();
         }

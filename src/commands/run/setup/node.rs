@@ -77,6 +77,7 @@ pub(super) fn node_config(
         internal_ip: ip.to_owned(),
         capacity: capacity(allocation, &places.pods),
         daemon_port: None,
+        declared_features: Vec::new(),
         instance: state.instance.clone(),
         walltime: allocated(args, allocation, state),
         publish_walltime: args.pods.walltime != Some(Walltime::Zero),

@@ -1,8 +1,7 @@
-//! What a pilot takes on its host: its directories, the lock on its name, its port.
+//! What a pilot takes on its host: its directories, the lock on its name.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -54,26 +53,6 @@ pub(in crate::commands) fn take_lock(state_dir: &Path) -> Result<Flock<File>, Se
     let file = open.map_err(|error| place("lock", &path, &error, "choose another place with --state-dir"))?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, error)| place("lock", &path, &format!("held by another process ({error})"), mend))
-}
-
-/// Keeps the port for the Node's own API. It is bound but not listened on, so nobody can connect.
-pub(in crate::commands) fn take_port(port: u16) -> Result<Option<OwnedFd>, SetupError> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
-    use std::os::fd::AsRawFd;
-    if port == 0 {
-        return Ok(None);
-    }
-    let taken = || -> nix::Result<OwnedFd> {
-        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        bind(socket.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port))?;
-        Ok(socket)
-    };
-    taken().map(Some).map_err(|error| {
-        SetupError::Host(format!(
-            "port {port} of --port (KUBELET_PORT) cannot be taken: {}; name a free port, or 0",
-            error.desc()
-        ))
-    })
 }
 
 /// The places of pods; the pods directory is made and written to, so that a full or read-only one is known at once.

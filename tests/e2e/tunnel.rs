@@ -1,0 +1,189 @@
+//! An API server that is reached through a login host's sshd and in no other way.
+
+use std::io::Read as _;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::Signal;
+use nix::unistd::User;
+use serde_json::{Value, json};
+
+use crate::harness::{
+    ALICE, Namespace, Options, Pilot, bed, condition, run, seconds, unique, wait_for, wait_until,
+};
+
+/// A name of the test control plane's certificate that nobody on this host knows; the login host does.
+const API_HOST: &str = "kubernetes.default.svc";
+
+/// A login host: an sshd with keys, a port and an /etc/hosts of its own; and an ssh that knows it as `login`.
+struct Login {
+    directory: PathBuf,
+    port: u16,
+    sshd: Option<Child>,
+}
+
+impl Login {
+    fn new() -> Self {
+        // Not in a directory that only root enters: alice's ssh reads there.
+        let directory = PathBuf::from("/tmp").join(unique("jiriaf-test-login"));
+        std::fs::create_dir(&directory).unwrap();
+        let port = free_port();
+        let at = directory.display();
+        for key in ["host", "key"] {
+            let mut keygen = Command::new("ssh-keygen");
+            keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(directory.join(key));
+            assert!(run(&mut keygen).success);
+        }
+        let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
+        let write = |name: &str, text: String| std::fs::write(directory.join(name), text).unwrap();
+        write("known_hosts", format!("[127.0.0.1]:{port} {}", read("host.pub")));
+        write("authorized", read("key.pub"));
+        write("hosts", format!("127.0.0.1 localhost {API_HOST}\n"));
+        write(
+            "sshd_config",
+            format!(
+                "Port {port}\nListenAddress 127.0.0.1\nHostKey {at}/host\nAuthorizedKeysFile {at}/authorized\nPidFile none\n\
+                 UsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nGatewayPorts clientspecified\n"
+            ),
+        );
+        write(
+            "config",
+            format!(
+                "Host login\n HostName 127.0.0.1\n Port {port}\n User root\n UserKnownHostsFile {at}/known_hosts\n \
+                 IdentityFile {at}/key\n"
+            ),
+        );
+        write("ssh", format!("#!/bin/sh\nexec /usr/bin/ssh -F {at}/config \"$@\"\n"));
+        let mode = |name: &str, mode| {
+            std::fs::set_permissions(directory.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode("ssh", 0o755);
+        mode("config", 0o644);
+        let alice = User::from_name(ALICE).unwrap().unwrap();
+        chown(directory.join("key"), Some(alice.uid.as_raw()), None).unwrap();
+        let mut login = Self { directory, port, sshd: None };
+        login.start();
+        login
+    }
+
+    fn start(&mut self) {
+        let _ = std::fs::create_dir_all("/run/sshd");
+        let at = self.directory.display();
+        let script = format!(
+            "mount --bind {at}/hosts /etc/hosts && exec /usr/sbin/sshd -D -e -f {at}/sshd_config 2>>{at}/log"
+        );
+        let sshd =
+            Command::new("unshare").args(["--mount", "sh", "-c", &script]).stdin(Stdio::null()).spawn();
+        self.sshd = Some(sshd.unwrap());
+        let port = self.port;
+        wait_until("sshd listens", seconds(10), || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    }
+
+    /// Goes down with its connections.
+    fn stop(&mut self) {
+        if let Some(mut sshd) = self.sshd.take() {
+            run(Command::new("pkill").args(["-KILL", "-P", &sshd.id().to_string()]));
+            sshd.kill().unwrap();
+            sshd.wait().unwrap();
+        }
+    }
+
+    fn options(&self, label: &'static str) -> Options {
+        let port = bed().api_server().rsplit_once(':').unwrap().1.to_owned();
+        let path = format!("{}:/usr/local/bin:/usr/bin:/bin", self.directory.display());
+        let mut options = Options::new(label).env("PATH", &path);
+        options.server = Some(format!("https://{API_HOST}:{port}"));
+        options
+    }
+}
+
+impl Drop for Login {
+    fn drop(&mut self) {
+        self.stop();
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.directory);
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+fn node(pilot: &Pilot) -> Value {
+    pilot.nodes().into_iter().next().expect("the Node is there")
+}
+
+#[test]
+fn a_pilot_behind_a_firewall_works_through_its_login_host() {
+    let namespace = Namespace::new("tunnel");
+    let mut login = Login::new();
+    // The second leads nowhere, and the Node says so.
+    let options =
+        login.options("tunnel").arg("--tunnel=ssh://login?ports=pods,ssh://nobody@127.0.0.1:1?api=0");
+    let mut pilot = Pilot::local(options, 600);
+    let down = wait_for("the Node says that a tunnel is down", seconds(20), || {
+        let condition = condition(&node(&pilot), "TunnelDown");
+        let known = condition["message"].as_str().is_some_and(|text| text.contains("Connection refused"));
+        known.then_some(condition)
+    });
+    assert_eq!(
+        (&down["status"], &down["reason"]),
+        (&json!("True"), &json!("SomeTunnelsAreDown")),
+        "{down:#}"
+    );
+    // The login host's address, not this one's.
+    let addresses = node(&pilot)["status"]["addresses"].clone();
+    assert_eq!(addresses[0], json!({"type": "InternalIP", "address": "127.0.0.1"}));
+
+    let port = free_port();
+    let serve = format!(
+        "exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalAddr => \"127.0.0.1\", LocalPort => {port}, \
+         Listen => 9, ReuseAddr => 1) or die $!; while ($c = $s->accept) {{ print $c \"from the pod\"; close $c }}'\n"
+    );
+    namespace.config_map("p", &[("run.sh", &serve)]);
+    let spec = json!({
+        "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+        "containers": [{"name": "c1", "image": "p", "command": ["bash"], "ports": [{"containerPort": port}],
+            "volumeMounts": [{"name": "p", "mountPath": "job"}]}],
+        "volumes": [{"name": "p", "configMap": {"name": "p"}}],
+    });
+    namespace.pod_on(&pilot, "p", spec);
+    let far = |but: Option<&str>| {
+        wait_for("the pod says where its port is reached", seconds(60), || {
+            let pod = namespace.pod("p").unwrap();
+            let told = pod["metadata"]["annotations"][format!("jiriaf.tunnel/{port}")].as_str()?.to_owned();
+            let mut text = String::new();
+            TcpStream::connect(&told).ok()?.read_to_string(&mut text).ok()?;
+            (Some(told.as_str()) != but && text == "from the pod").then_some(told)
+        })
+    };
+    let first = far(None);
+    let before = node(&pilot);
+
+    // A login host that is rebooted.
+    login.stop();
+    login.start();
+    assert_ne!(far(Some(&first)), first);
+    assert_eq!(node(&pilot)["metadata"]["uid"], before["metadata"]["uid"]);
+
+    // The end is told through the tunnel too, and nothing stays.
+    pilot.signal(Signal::SIGTERM);
+    assert_eq!(pilot.wait_exit(seconds(30)), Some(0));
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn a_login_host_that_does_not_let_the_pilot_in_is_named() {
+    let login = Login::new();
+    std::fs::write(login.directory.join("authorized"), "").unwrap();
+    let options = login.options("nologin").arg("--tunnel=ssh://login").arg("--startup-timeout=3s");
+    let mut pilot = Pilot::start_local(&options, 600);
+    assert_eq!(pilot.wait_exit(seconds(30)), Some(1));
+    let output = pilot.output();
+    assert!(output.contains("ssh://login") && output.contains("Permission denied"), "{output}");
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+}
