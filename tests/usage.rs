@@ -236,10 +236,10 @@ async fn a_group_of_another_container_stays_with_it() {
     let mut containers =
         vec![bed.start("a", "sleep 60; :").await, bed.start("b", "burn 0.4; touch done; sleep 60; :").await];
     wait_for(&containers[1].dir.join("done"));
-    fs::copy(containers[1].dir.join("pgid"), containers[0].dir.join("pgid")).unwrap();
     for container in &mut containers {
         bed.until(container, |usage| usage.processes == 2);
     }
+    fs::copy(containers[1].dir.join("pgid"), containers[0].dir.join("pgid")).unwrap();
     let usage = bed.sample(&mut containers);
     assert!(seconds(&usage[0]) < 0.2 && usage[0].processes == 2, "{usage:?}");
     assert!(seconds(&usage[1]) >= 0.4 && usage[1].processes == 2, "{usage:?}");

@@ -1,5 +1,6 @@
 //! What /proc says of one process (proc(5)), read with as few calls as it takes.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read as _;
 use std::sync::OnceLock;
@@ -117,19 +118,12 @@ impl Memory {
     }
 }
 
-/// A process, whose child it is, and its process group.
-#[derive(Debug, Clone, Copy)]
-struct Kin {
-    pid: i32,
-    parent: i32,
-    group: i32,
-}
-
-/// Reads files of /proc, with one buffer for all of them. It serves one scrape: it looks at all processes once.
+/// Reads files of /proc, with one buffer for all of them. It serves one scrape.
 #[derive(Default)]
 pub(super) struct Files {
     buffer: Vec<u8>,
-    all: Option<Vec<Kin>>,
+    /// The children of every process, once they were needed.
+    families: Option<HashMap<i32, Vec<i32>>>,
 }
 
 impl Files {
@@ -189,23 +183,31 @@ impl Files {
 
     /// The same by a look at all processes, for where the kernel does not tell.
     pub(super) fn children_by_parent(&mut self, pid: i32) -> Vec<i32> {
-        self.all().iter().filter(|kin| kin.parent == pid).map(|kin| kin.pid).collect()
-    }
-
-    /// The processes of a group.
-    pub(super) fn group(&mut self, group: i32) -> Vec<i32> {
-        self.all().iter().filter(|kin| kin.group == group).map(|kin| kin.pid).collect()
-    }
-
-    fn all(&mut self) -> &[Kin] {
-        let all = match self.all.take() {
-            Some(all) => all,
+        let families = match self.families.take() {
+            Some(families) => families,
             None => {
-                let kin = |pid, stat: Stat| Kin { pid, parent: stat.parent, group: stat.group };
-                process::all().into_iter().filter_map(|pid| Some(kin(pid, self.stat(pid)?))).collect()
+                let mut families: HashMap<i32, Vec<i32>> = HashMap::new();
+                for pid in process::all() {
+                    if let Some(stat) = self.stat(pid) {
+                        families.entry(stat.parent).or_default().push(pid);
+                    }
+                }
+                families
             }
         };
-        self.all.insert(all)
+        self.families.insert(families).get(&pid).cloned().unwrap_or_default()
+    }
+
+    /// The processes of each of the groups in `wanted`, without those in `known`, which need no look.
+    pub(super) fn groups(&mut self, wanted: &HashSet<i32>, known: &HashSet<i32>) -> HashMap<i32, Vec<i32>> {
+        let mut found: HashMap<i32, Vec<i32>> = HashMap::new();
+        for pid in process::all().into_iter().filter(|pid| !known.contains(pid)) {
+            let group = self.stat(pid).map(|stat| stat.group).filter(|group| wanted.contains(group));
+            if let Some(group) = group {
+                found.entry(group).or_default().push(pid);
+            }
+        }
+        found
     }
 
     fn children_of_thread(&mut self, pid: i32, task: i32, found: &mut Vec<i32>) -> bool {
@@ -309,6 +311,24 @@ mod tests {
         assert!(older.anonymous.abs_diff(files.memory(pid).unwrap().anonymous) < 8 << 20);
         assert_eq!(files.stat(i32::MAX), None);
         assert_eq!(files.memory(i32::MAX), None);
+    }
+
+    #[test]
+    fn a_look_at_all_processes_finds_children_and_groups() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let own = nix::unistd::getpid().as_raw();
+        let mut files = Files::default();
+        let mut found = Vec::new();
+        assert!(files.children(own, 2, &mut found) && found.contains(&pid), "{found:?}");
+        assert!(files.children_by_parent(own).contains(&pid));
+        assert_eq!(files.children_by_parent(pid), [0; 0]);
+        let group = nix::unistd::getpgrp().as_raw();
+        let groups = files.groups(&[group].into(), &[own].into());
+        assert!(groups[&group].contains(&pid) && !groups[&group].contains(&own), "{groups:?}");
+        assert_eq!(groups.len(), 1);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -179,8 +179,8 @@ fn look_at_tree(files: &mut Files, supervisor: i32, before: &Look) -> Look {
     if root.is_none() && kill(Pid::from_raw(supervisor), None) == Err(Errno::ESRCH) {
         return look;
     }
-    let threads = root.map_or(1, |root| root.threads);
-    if !files.children(supervisor, threads, &mut found) {
+    // Its first thread starts and inherits all its children: the other one writes the log.
+    if !files.children(supervisor, 1, &mut found) {
         // A kernel without these lists, or one that hides a process that is not dumpable (hidepid, proc(5)).
         found = files.children_by_parent(supervisor);
     }
