@@ -162,7 +162,7 @@ impl Rate {
 #[must_use]
 pub fn sample(targets: &mut [Target<'_>], pgids: &PgidFiles) -> Vec<Usage> {
     let directories: Vec<PathBuf> = targets.iter().map(|target| target.directory.to_owned()).collect();
-    let named = pgids.read(&directories);
+    let reading = pgids.begin(&directories);
     let mut files = Files::default();
     let mut trees: Vec<(SystemTime, Memory)> = Vec::with_capacity(targets.len());
     for target in targets.iter_mut() {
@@ -170,10 +170,11 @@ pub fn sample(targets: &mut [Target<'_>], pgids: &PgidFiles) -> Vec<Usage> {
         target.meter.tree.count_tree(&mut files, target.supervisor);
         let mut memory = Memory::default();
         for process in target.meter.tree.processes() {
-            memory.add(files.memory(process.pid));
+            memory.add(process.memory);
         }
         trees.push((at, memory));
     }
+    let named = pgids.end(reading, &directories);
     // A group that is a tree's own is counted already.
     let foreign: Vec<Option<i32>> = targets
         .iter()
@@ -223,7 +224,7 @@ fn add_groups(
         target.meter.add_group(group, started, |tally| tally.count_group(files, group, pids));
         if let Some(group) = target.meter.groups.get(&group) {
             for process in group.tally.processes() {
-                memory.add(files.memory(process.pid));
+                memory.add(process.memory);
             }
         }
     }
