@@ -156,12 +156,13 @@ impl Rate {
     }
 }
 
-/// Measures containers; the answers are in the order of `targets`. Reads nothing but /proc itself; the `pgid` files,
+/// Measures all running containers; the answers are in the order of `targets`. A group that one names and another one's
+/// tree holds stays with the tree, so none may be left out. Reads nothing but /proc itself; the `pgid` files,
 /// which may lie on a file server, are read by `pgids`.
 #[must_use]
 pub fn sample(targets: &mut [Target<'_>], pgids: &PgidFiles) -> Vec<Usage> {
     let directories: Vec<PathBuf> = targets.iter().map(|target| target.directory.to_owned()).collect();
-    let named = pgids.read(&directories);
+    let reading = pgids.begin(&directories);
     let mut files = Files::default();
     let mut trees: Vec<(SystemTime, Memory)> = Vec::with_capacity(targets.len());
     for target in targets.iter_mut() {
@@ -169,10 +170,11 @@ pub fn sample(targets: &mut [Target<'_>], pgids: &PgidFiles) -> Vec<Usage> {
         target.meter.tree.count_tree(&mut files, target.supervisor);
         let mut memory = Memory::default();
         for process in target.meter.tree.processes() {
-            memory.add(files.memory(process.pid));
+            memory.add(process.memory);
         }
         trees.push((at, memory));
     }
+    let named = pgids.end(reading, &directories);
     // A group that is a tree's own is counted already.
     let foreign: Vec<Option<i32>> = targets
         .iter()
@@ -210,17 +212,19 @@ fn add_groups(
     trees: &mut [(SystemTime, Memory)],
 ) {
     let processes = targets.iter().flat_map(|target| target.meter.tree.processes());
-    let ours: HashSet<i32> = processes.map(|process| process.pid).collect();
-    let mut taken = HashSet::new();
+    let mut known: HashSet<i32> = processes.map(|process| process.pid).collect();
+    known.extend(targets.iter().map(|target| target.supervisor));
+    let mut wanted: HashSet<i32> = foreign.iter().flatten().copied().collect();
+    let found = files.groups(&wanted, &known);
     for ((target, group), (_, memory)) in targets.iter_mut().zip(foreign).zip(trees) {
         // The first container that names a group has it.
-        let Some(group) = group.filter(|group| taken.insert(*group)) else { continue };
-        let pids: Vec<i32> = files.group(group).into_iter().filter(|pid| !ours.contains(pid)).collect();
+        let Some(group) = group.filter(|group| wanted.remove(group)) else { continue };
+        let pids = found.get(&group).map(Vec::as_slice).unwrap_or_default();
         let started = target.meter.tree.oldest().unwrap_or(0);
-        target.meter.add_group(group, started, |tally| tally.count_group(files, group, &pids));
+        target.meter.add_group(group, started, |tally| tally.count_group(files, group, pids));
         if let Some(group) = target.meter.groups.get(&group) {
             for process in group.tally.processes() {
-                memory.add(files.memory(process.pid));
+                memory.add(process.memory);
             }
         }
     }

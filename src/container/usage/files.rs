@@ -1,10 +1,14 @@
 //! What /proc says of one process (proc(5)), read with as few calls as it takes.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::Mode;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::container::process;
@@ -14,6 +18,9 @@ const MAX_FILE: usize = 1 << 20;
 
 /// Where reading begins: more than `stat` or `status` ever have, so that one read gives all of them.
 const FIRST_READ: usize = 4096;
+
+/// The smallest part in which the kernel gives out a list: a page of 4 KiB.
+const LIST_PART: usize = 4096;
 
 /// Facts of /proc/PID/stat; times in clock ticks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -117,34 +124,46 @@ impl Memory {
     }
 }
 
-/// A process, whose child it is, and its process group.
-#[derive(Debug, Clone, Copy)]
-struct Kin {
+/// The directory of a process: of this one, even when it has ended and its number is used again.
+pub(super) struct Opened {
     pid: i32,
-    parent: i32,
-    group: i32,
+    directory: OwnedFd,
 }
 
-/// Reads files of /proc, with one buffer for all of them. It serves one scrape: it looks at all processes once.
+impl Opened {
+    /// None when there is no such process.
+    pub(super) fn new(pid: i32) -> Option<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = open(format!("/proc/{pid}").as_str(), flags, Mode::empty()).ok()?;
+        Some(Self { pid, directory })
+    }
+
+    fn open(&self, name: &str) -> Option<File> {
+        openat(&self.directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(File::from)
+    }
+}
+
+/// What fits with room to spare was all of it, where the kernel makes a file whole at the first read.
+fn is_short(length: usize, buffer: usize) -> bool {
+    length < buffer
+}
+
+/// A list is given out in parts of a page (seq_file), none of which ends before there is no room for a number more.
+fn is_end_of_list(length: usize, _buffer: usize) -> bool {
+    length + 32 <= LIST_PART
+}
+
+/// Reads files of /proc, with one buffer for all of them. It serves one scrape.
 #[derive(Default)]
 pub(super) struct Files {
     buffer: Vec<u8>,
-    all: Option<Vec<Kin>>,
+    /// The children of every process, once they were needed.
+    families: Option<HashMap<i32, Vec<i32>>>,
 }
 
 impl Files {
-    /// A file that the kernel makes whole at the first read.
-    fn read(&mut self, path: &str) -> Option<&[u8]> {
-        self.read_until(path, |length, size| length < size)
-    }
-
-    /// A list, which it gives out in parts of a page.
-    fn read_list(&mut self, path: &str) -> Option<&[u8]> {
-        self.read_until(path, |_, _| false)
-    }
-
-    fn read_until(&mut self, path: &str, is_whole: impl Fn(usize, usize) -> bool) -> Option<&[u8]> {
-        let mut file = File::open(path).ok()?;
+    /// Reads a file that was just opened. One that is made whole at the first read has no more than that.
+    fn read(&mut self, mut file: File, is_whole: impl Fn(usize, usize) -> bool) -> Option<&[u8]> {
         self.buffer.resize(self.buffer.len().max(FIRST_READ), 0);
         let mut length = 0;
         loop {
@@ -159,57 +178,71 @@ impl Files {
         }
     }
 
-    /// None when there is no such process, or none that may be seen.
+    /// Facts of one process by its number; none when there is no such process, or none that may be seen.
     pub(super) fn stat(&mut self, pid: i32) -> Option<Stat> {
-        Stat::parse(self.read(&format!("/proc/{pid}/stat"))?)
+        Stat::parse(self.read(File::open(format!("/proc/{pid}/stat")).ok()?, is_short)?)
+    }
+
+    /// Facts of a process of which more is read.
+    pub(super) fn stat_of(&mut self, process: &Opened) -> Option<Stat> {
+        Stat::parse(self.read(process.open("stat")?, is_short)?)
     }
 
     /// None for a zombie too.
-    pub(super) fn memory(&mut self, pid: i32) -> Option<Memory> {
-        if let Some(memory) = self.read(&format!("/proc/{pid}/status")).and_then(Memory::parse_status) {
+    pub(super) fn memory_of(&mut self, process: &Opened) -> Option<Memory> {
+        let status = process.open("status").and_then(|file| self.read(file, is_short));
+        if let Some(memory) = status.and_then(Memory::parse_status) {
             return Some(memory);
         }
-        let text = self.read(&format!("/proc/{pid}/statm"))?;
-        Memory::parse_statm(text, page_size())
+        Memory::parse_statm(self.read(process.open("statm")?, is_short)?, page_size())
     }
 
     /// Adds the children of a process, of all its threads; false where the kernel does not tell.
-    pub(super) fn children(&mut self, pid: i32, threads: u64, found: &mut Vec<i32>) -> bool {
+    pub(super) fn children_of(&mut self, process: &Opened, threads: u64, found: &mut Vec<i32>) -> bool {
         if threads <= 1 {
-            return self.children_of_thread(pid, pid, found);
+            return self.children_of_thread(process, process.pid, found);
         }
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", process.pid)) else { return false };
         let tasks = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
         let mut told = false;
         for task in tasks {
-            told |= self.children_of_thread(pid, task, found);
+            told |= self.children_of_thread(process, task, found);
         }
         told
     }
 
     /// The same by a look at all processes, for where the kernel does not tell.
     pub(super) fn children_by_parent(&mut self, pid: i32) -> Vec<i32> {
-        self.all().iter().filter(|kin| kin.parent == pid).map(|kin| kin.pid).collect()
-    }
-
-    /// The processes of a group.
-    pub(super) fn group(&mut self, group: i32) -> Vec<i32> {
-        self.all().iter().filter(|kin| kin.group == group).map(|kin| kin.pid).collect()
-    }
-
-    fn all(&mut self) -> &[Kin] {
-        let all = match self.all.take() {
-            Some(all) => all,
+        let families = match self.families.take() {
+            Some(families) => families,
             None => {
-                let kin = |pid, stat: Stat| Kin { pid, parent: stat.parent, group: stat.group };
-                process::all().into_iter().filter_map(|pid| Some(kin(pid, self.stat(pid)?))).collect()
+                let mut families: HashMap<i32, Vec<i32>> = HashMap::new();
+                for pid in process::all() {
+                    if let Some(stat) = self.stat(pid) {
+                        families.entry(stat.parent).or_default().push(pid);
+                    }
+                }
+                families
             }
         };
-        self.all.insert(all)
+        self.families.insert(families).get(&pid).cloned().unwrap_or_default()
     }
 
-    fn children_of_thread(&mut self, pid: i32, task: i32, found: &mut Vec<i32>) -> bool {
-        let Some(list) = self.read_list(&format!("/proc/{pid}/task/{task}/children")) else { return false };
+    /// The processes of each of the groups in `wanted`, without those in `known`, which need no look.
+    pub(super) fn groups(&mut self, wanted: &HashSet<i32>, known: &HashSet<i32>) -> HashMap<i32, Vec<i32>> {
+        let mut found: HashMap<i32, Vec<i32>> = HashMap::new();
+        for pid in process::all().into_iter().filter(|pid| !known.contains(pid)) {
+            let group = self.stat(pid).map(|stat| stat.group).filter(|group| wanted.contains(group));
+            if let Some(group) = group {
+                found.entry(group).or_default().push(pid);
+            }
+        }
+        found
+    }
+
+    fn children_of_thread(&mut self, process: &Opened, task: i32, found: &mut Vec<i32>) -> bool {
+        let file = process.open(&format!("task/{task}/children"));
+        let Some(list) = file.and_then(|file| self.read(file, is_end_of_list)) else { return false };
         let list = std::str::from_utf8(list).unwrap_or_default();
         found.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
         true
@@ -302,26 +335,68 @@ mod tests {
         let mut files = Files::default();
         let pid = nix::unistd::getpid().as_raw();
         assert_eq!(files.stat(pid).unwrap().parent, nix::unistd::getppid().as_raw());
-        assert!(files.memory(pid).unwrap().anonymous > 0);
+        let opened = Opened::new(pid).unwrap();
+        assert_eq!(files.stat_of(&opened).unwrap().start, files.stat(pid).unwrap().start);
         // As the kernel's own older file has it, within what changes meanwhile.
         let statm = std::fs::read(format!("/proc/{pid}/statm")).unwrap();
         let older = Memory::parse_statm(&statm, page_size()).unwrap();
-        assert!(older.anonymous.abs_diff(files.memory(pid).unwrap().anonymous) < 8 << 20);
+        let anonymous = files.memory_of(&opened).unwrap().anonymous;
+        assert!(anonymous > 0 && older.anonymous.abs_diff(anonymous) < 8 << 20);
         assert_eq!(files.stat(i32::MAX), None);
-        assert_eq!(files.memory(i32::MAX), None);
+        assert!(Opened::new(i32::MAX).is_none());
     }
 
     #[test]
-    fn a_list_of_any_length_is_read() {
+    fn a_look_at_all_processes_finds_children_and_groups() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let own = nix::unistd::getpid().as_raw();
+        let mut files = Files::default();
+        let mut found = Vec::new();
+        assert!(
+            files.children_of(&Opened::new(own).unwrap(), 2, &mut found) && found.contains(&pid),
+            "{found:?}"
+        );
+        assert!(files.children_by_parent(own).contains(&pid));
+        assert_eq!(files.children_by_parent(pid), [0; 0]);
+        let group = nix::unistd::getpgrp().as_raw();
+        let groups = files.groups(&[group].into(), &[own].into());
+        assert!(groups[&group].contains(&pid) && !groups[&group].contains(&own), "{groups:?}");
+        assert_eq!(groups.len(), 1);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_file_of_any_length_is_read() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x");
-        let text = "12345 ".repeat(20_000);
-        std::fs::write(&path, &text).unwrap();
         let mut files = Files::default();
-        assert_eq!(files.read_list(path.to_str().unwrap()), Some(text.as_bytes()));
-        assert_eq!(files.read(path.to_str().unwrap()), Some(text.as_bytes()));
-        std::fs::write(&path, "short").unwrap();
-        assert_eq!(files.read_list(path.to_str().unwrap()), Some(&b"short"[..]));
+        for text in ["12345 ".repeat(20_000), "short".to_owned(), "x".repeat(FIRST_READ)] {
+            std::fs::write(&path, &text).unwrap();
+            for is_whole in [is_short, is_end_of_list] {
+                assert_eq!(files.read(File::open(&path).unwrap(), is_whole), Some(text.as_bytes()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_list_of_children_is_read_to_its_end() {
+        // Each has 5 bytes at least, so that a page is not enough.
+        let script = "for i in $(seq 1000); do sleep 60 & done; echo; wait";
+        let mut child = std::process::Command::new("bash");
+        child.args(["-c", script]).stdout(std::process::Stdio::piped());
+        let mut child = std::os::unix::process::CommandExt::process_group(&mut child, 0).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let mut line = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+        let mut found = Vec::new();
+        let told = Files::default().children_of(&Opened::new(pid).unwrap(), 1, &mut found);
+        let group = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL).unwrap();
+        child.wait().unwrap();
+        assert!(told);
+        assert_eq!(found.len(), 1000);
     }
 
     #[test]

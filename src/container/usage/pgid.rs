@@ -10,7 +10,8 @@ use std::io::Read as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -21,8 +22,8 @@ const PGID: &str = "pgid";
 /// A number and a line feed.
 const MAX_FILE: u64 = 32;
 
-/// How long a scrape waits for the files: 100 of them on a local disk take less than a millisecond, and the whole
-/// scrape may take 10.
+/// How long a scrape waits for the files after it has read /proc, during which they are read already: 100 of them on a
+/// local disk take less than a millisecond, and the whole scrape may take 10.
 const WAIT: Duration = Duration::from_millis(3);
 
 type Named = BTreeMap<PathBuf, i32>;
@@ -35,18 +36,12 @@ pub struct PgidFiles {
 }
 
 impl PgidFiles {
-    /// The groups that the files in these directories name, in their order.
-    pub(super) fn read(&self, directories: &[PathBuf]) -> Vec<Option<i32>> {
-        self.refresh(directories);
-        let named = lock(&self.named);
-        directories.iter().map(|directory| named.get(directory).copied()).collect()
-    }
-
-    fn refresh(&self, directories: &[PathBuf]) {
+    /// Begins to read the files in these directories, unless that is still being done.
+    pub(super) fn begin(&self, directories: &[PathBuf]) -> Option<Receiver<()>> {
         if directories.is_empty() || self.busy.swap(true, Ordering::AcqRel) {
-            return;
+            return None;
         }
-        let (done, wait) = mpsc::channel();
+        let (done, reading) = mpsc::channel();
         let (named, busy, directories) =
             (Arc::clone(&self.named), Arc::clone(&self.busy), directories.to_vec());
         let work = move || {
@@ -56,11 +51,21 @@ impl PgidFiles {
             busy.store(false, Ordering::Release);
             let _ = done.send(());
         };
-        match std::thread::Builder::new().name("pgid".to_owned()).spawn(work) {
-            Ok(_) => drop(wait.recv_timeout(WAIT)),
-            // No thread to be had: what is known stays.
-            Err(_) => self.busy.store(false, Ordering::Release),
+        if std::thread::Builder::new().name("pgid".to_owned()).spawn(work).is_ok() {
+            return Some(reading);
         }
+        // No thread to be had: what is known stays.
+        self.busy.store(false, Ordering::Release);
+        None
+    }
+
+    /// The groups that the files name, in the order of `directories`; what was known when it takes too long.
+    pub(super) fn end(&self, reading: Option<Receiver<()>>, directories: &[PathBuf]) -> Vec<Option<i32>> {
+        if let Some(reading) = reading {
+            let _ = reading.recv_timeout(WAIT);
+        }
+        let named = lock(&self.named);
+        directories.iter().map(|directory| named.get(directory).copied()).collect()
     }
 }
 
@@ -104,7 +109,9 @@ mod tests {
         // Nobody will ever write to this one.
         nix::unistd::mkfifo(&directories[1].join(PGID), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let pgids = PgidFiles::default();
-        let read = |wanted: [Option<i32>; 3]| (0..1000).any(|_| pgids.read(&directories) == wanted);
+        let read = |wanted: [Option<i32>; 3]| {
+            (0..1000).any(|_| pgids.end(pgids.begin(&directories), &directories) == wanted)
+        };
         assert!(read([Some(17), None, None]));
         std::fs::write(directories[0].join(PGID), "18\n").unwrap();
         std::fs::write(directories[2].join(PGID), "19\n").unwrap();
@@ -116,8 +123,10 @@ mod tests {
         let pgids = PgidFiles::default();
         lock(&pgids.named).insert("/nowhere".into(), 42);
         pgids.busy.store(true, Ordering::Release);
-        assert_eq!(pgids.read(&["/nowhere".into()]), [Some(42)]);
+        let directories = [PathBuf::from("/nowhere")];
+        assert!(pgids.begin(&directories).is_none(), "a second thread");
+        assert_eq!(pgids.end(None, &directories), [Some(42)]);
         pgids.busy.store(false, Ordering::Release);
-        assert!((0..1000).any(|_| pgids.read(&["/nowhere".into()]) == [None]));
+        assert!((0..1000).any(|_| pgids.end(pgids.begin(&directories), &directories) == [None]));
     }
 }

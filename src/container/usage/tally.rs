@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
-use super::files::{Files, Stat};
+use super::files::{Files, Memory, Opened, Stat};
 
 /// Processes of one container that are followed; what is beyond is not counted. Linux has 4 194 304 at most, and each of
 /// them costs a few reads.
@@ -61,6 +61,8 @@ pub(super) struct Process {
     start: u64,
     own: Counted,
     ended: Counted,
+    /// None for a zombie.
+    pub(super) memory: Option<Memory>,
 }
 
 impl Process {
@@ -71,7 +73,7 @@ impl Process {
             minor_faults: stat.ended_minor_faults,
             major_faults: stat.ended_major_faults,
         };
-        Self { pid, group: stat.group, start: stat.start, own, ended }
+        Self { pid, group: stat.group, start: stat.start, own, ended, memory: None }
     }
 
     /// What tells it from another process of the same number.
@@ -175,12 +177,13 @@ impl Tally {
 fn look_at_tree(files: &mut Files, supervisor: i32, before: &Look) -> Look {
     let mut look = Look::default();
     let mut found = Vec::new();
-    let root = files.stat(supervisor);
+    let opened = Opened::new(supervisor);
+    let root = opened.as_ref().and_then(|opened| files.stat_of(opened));
     if root.is_none() && kill(Pid::from_raw(supervisor), None) == Err(Errno::ESRCH) {
         return look;
     }
-    let threads = root.map_or(1, |root| root.threads);
-    if !files.children(supervisor, threads, &mut found) {
+    // Its first thread starts and inherits all its children: the other one writes the log.
+    if !opened.is_some_and(|opened| files.children_of(&opened, 1, &mut found)) {
         // A kernel without these lists, or one that hides a process that is not dumpable (hidepid, proc(5)).
         found = files.children_by_parent(supervisor);
     }
@@ -203,13 +206,26 @@ fn look_at_tree(files: &mut Files, supervisor: i32, before: &Look) -> Look {
         if !seen.insert(pid) || look.processes.len() >= MAX_PROCESSES {
             continue;
         }
-        let Some(stat) = files.stat(pid) else { continue };
-        look.processes.push(Process::new(pid, &stat));
-        if !stat.zombie && !files.children(pid, stat.threads, &mut found) && files.stat(pid).is_some() {
+        let Some((opened, process, stat)) = read(files, pid) else { continue };
+        look.processes.push(process);
+        // One that has just ended has no list either.
+        let listed = stat.zombie || files.children_of(&opened, stat.threads, &mut found);
+        if !listed && files.stat_of(&opened).is_some() {
             found.extend(files.children_by_parent(pid));
         }
     }
     look
+}
+
+/// Reads all of one process but its children.
+fn read(files: &mut Files, pid: i32) -> Option<(Opened, Process, Stat)> {
+    let opened = Opened::new(pid)?;
+    let stat = files.stat_of(&opened)?;
+    let mut process = Process::new(pid, &stat);
+    if !stat.zombie {
+        process.memory = files.memory_of(&opened);
+    }
+    Some((opened, process, stat))
 }
 
 /// The oldest first: no process is older than its parent.
@@ -223,8 +239,8 @@ fn look_at_group(files: &mut Files, group: i32, pids: &[i32], before: &Look) -> 
     order.dedup();
     order.truncate(MAX_PROCESSES);
     let processes = order.into_iter().filter_map(|(start, pid)| {
-        let stat = files.stat(pid).filter(|stat| stat.group == group && stat.start == start)?;
-        Some(Process::new(pid, &stat))
+        let (_, process, _) = read(files, pid)?;
+        (process.group == group && process.start == start).then_some(process)
     });
     Look { root: None, processes: processes.collect() }
 }
@@ -235,7 +251,7 @@ mod tests {
 
     fn process(pid: i32, own: u64, ended: u64) -> Process {
         let cpu = |cpu| Counted { cpu, ..Counted::default() };
-        Process { pid, group: 1, start: 1, own: cpu(own), ended: cpu(ended) }
+        Process { pid, group: 1, start: 1, own: cpu(own), ended: cpu(ended), memory: None }
     }
 
     fn look(root_ended: u64, processes: &[(i32, u64, u64)]) -> Look {
