@@ -2,6 +2,10 @@
 //!
 //! [`Kube::load`] reads the kubeconfig without any network; [`Kube::connect`] tries until the API server answers.
 
+mod counting;
+
+pub use counting::counting;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};

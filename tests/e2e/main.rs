@@ -13,6 +13,7 @@ mod deletion;
 mod ending;
 mod environment;
 mod full_disk;
+mod hooks;
 mod identity;
 mod pbs;
 mod privacy;

@@ -34,7 +34,7 @@ use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environme
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
 use crate::certificates::{self, BootstrapError, CertificateError};
 use crate::cli::RunArgs;
-use crate::cluster::{ClusterError, Kube};
+use crate::cluster::{self, ClusterError, Kube};
 use crate::container::{Session, Supervisors};
 use crate::drain::{LEAST_TIME, Leads};
 use crate::guardian::GuardianLink;
@@ -344,6 +344,8 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
 pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     let Ready { client, allocation, env, site, name, ip, places, state, state_dir, deadline, first, .. } =
         ready;
+    let metrics = PilotMetrics::new();
+    let client = cluster::counting(client, metrics.clone());
     let leads = Leads::new(
         state.first_left.map_or(Duration::MAX, Duration::from_secs),
         args.cordon_before,
@@ -405,7 +407,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         drain,
         draining,
         roster: Arc::default(),
-        metrics: PilotMetrics::new(),
+        metrics,
         policy: policy(allocation.batch),
         ports,
         output: None,
