@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -77,6 +78,8 @@ struct Stream {
     writer_gone: bool,
     /// Nothing more is sent: finished or reset by either side.
     sent_all: bool,
+    /// The client has broken it off.
+    broken_off: Arc<AtomicBool>,
 }
 
 struct State {
@@ -321,6 +324,7 @@ impl Link {
         if let Some(stream) = state.streams.get_mut(&id) {
             stream.finish_receiving(end);
             if end == End::Reset {
+                stream.broken_off.store(true, Ordering::Relaxed);
                 stream.sent_all = true;
                 if let Some(writer) = stream.writer.take() {
                     writer.wake();
@@ -414,6 +418,11 @@ impl Link {
         state.send_last(id, self.framing.finish(id));
         // After the end nothing is on its way any more.
         state.pushed + u64::from(state.ended.is_some())
+    }
+
+    /// Becomes true when the client breaks a stream off, and outlives the stream.
+    pub(super) fn broken_off(&self, id: u32) -> Arc<AtomicBool> {
+        self.state().streams.get(&id).map(|stream| stream.broken_off.clone()).unwrap_or_default()
     }
 
     /// Says that no more will be sent on a stream.

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::{HeaderMap, Method, Response};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -120,14 +121,22 @@ pub struct ForwardedStream {
 pub struct ErrorSender {
     link: Arc<Link>,
     data: u32,
+    /// The client has broken its connection off.
+    broken_off: Arc<AtomicBool>,
     writer: StreamWriter,
     /// Ends a WebSocket of channels with its last connection.
     _last: Option<Arc<CloseAtLast>>,
 }
 
 impl ErrorSender {
-    /// Says what went wrong and breaks the connection off.
+    /// Says what went wrong and breaks the connection off: that nobody listens on the port, say. kubectl ends all of
+    /// its forwarding at a word here (client-go tools/portforward handleConnection), so an end of the connection that
+    /// is the program's own affair is better passed on in silence. Where the client broke off itself, which kubectl
+    /// does at the end of many a good connection, nothing is said.
     pub async fn fail(mut self, why: &str) -> Result<(), Error> {
+        if self.broken_off.load(Ordering::Relaxed) {
+            return self.finish().await;
+        }
         let why: String = why.chars().take(MESSAGE).collect();
         self.writer.send_last(why.as_bytes());
         self.link.reset(self.data);
@@ -209,7 +218,9 @@ where
         let error = link.open(data + 1).1;
         link.push_data(data, &port.to_le_bytes());
         link.push_data(data + 1, &port.to_le_bytes());
-        let error = ErrorSender { link: link.clone(), data, writer: error, _last: Some(last.clone()) };
+        let broken_off = link.broken_off(data);
+        let error =
+            ErrorSender { link: link.clone(), data, broken_off, writer: error, _last: Some(last.clone()) };
         let _ = sender.try_send(ForwardedStream { port, data: DuplexStream { reader, writer }, error });
     }
     Forwarding { streams, closed: link.closed() }
@@ -318,7 +329,14 @@ fn hand_over(
     data: spdy::Incoming,
     error: spdy::Incoming,
 ) {
-    let error = ErrorSender { link: link.clone(), data: data.id, writer: error.stream.writer, _last: None };
+    let broken_off = link.broken_off(data.id);
+    let error = ErrorSender {
+        link: link.clone(),
+        data: data.id,
+        broken_off,
+        writer: error.stream.writer,
+        _last: None,
+    };
     let data_id = data.id;
     let forwarded = ForwardedStream { port, data: data.stream, error };
     if let Err(refused) = sender.try_send(forwarded) {

@@ -122,6 +122,19 @@ async fn a_failure_is_told_and_breaks_only_its_own_connection() {
 }
 
 #[tokio::test]
+async fn who_breaks_off_is_not_told_that_it_failed() {
+    let (mut client, mut forwarding) = spdy(QUICK).await;
+    let (error, data) = open(&mut client, "0", "80").await;
+    let mut stream = forwarding.streams.recv().await.unwrap();
+    client.send(&client::control(3, 0, &[data.to_be_bytes(), 5u32.to_be_bytes()].concat())).await;
+    let broken = timeout(SOON, stream.data.read_u8()).await.unwrap().unwrap_err();
+    drop(stream.data);
+    stream.error.fail(&broken.to_string()).await.unwrap();
+    client.until(|seen| seen.stream(error).fin).await;
+    assert_eq!(client.look(|seen| seen.stream(error).data), b"");
+}
+
+#[tokio::test]
 async fn streams_that_say_too_little_are_refused() {
     let (mut client, _forwarding) = spdy(QUICK).await;
     for headers in [

@@ -1,5 +1,7 @@
 //! exec and attach over each protocol.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use base64::Engine;
@@ -356,15 +358,15 @@ async fn a_client_that_does_not_read_is_still_heard_and_costs_little() {
     client.open(&[("streamtype", "stdout")]).await;
     let mut session = session.await.unwrap().unwrap();
     let mut stdout = session.stdout.take().unwrap();
-    let written = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let written = Arc::new(AtomicUsize::new(0));
     let counter = written.clone();
     tokio::spawn(async move {
-        while let Ok(bytes) = stdout.write(&[b'x'; 10_000]).await {
-            counter.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+        while counter.load(Relaxed) < (4 << 20) {
+            counter.fetch_add(stdout.write(&[b'x'; 10_000]).await.unwrap(), Relaxed);
         }
     });
     sleep(Duration::from_millis(50)).await;
-    let held = written.load(std::sync::atomic::Ordering::Relaxed);
+    let held = written.load(Relaxed);
     assert!((256 * 1024..300 * 1024).contains(&held), "{held} bytes");
     client.data(stdin, b"stop", false).await;
     let mut stop = [0; 4];
