@@ -4,8 +4,10 @@
 //! another, so that no resource is promised twice.
 
 mod closing;
+mod lost;
+mod refusals;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,15 +18,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use self::refusals::Owners;
 use super::admission::{self, Load, NodeFacts, Rejection};
 use super::context::{Context, on_disk};
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::record::Record;
 use super::source::PodEvent;
-use super::status::{
-    self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput, Terminated,
-};
+use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput};
 use super::worker::{self, Command, Note, Start};
 use crate::container::{ContainerId, Supervisor};
 
@@ -42,15 +43,6 @@ const WRITES: usize = REMEMBERED;
 
 /// How long the last summary waits for the files of outcomes: the process ends right after it.
 const WRITES_LIMIT: Duration = Duration::from_millis(500);
-
-/// Owners whose rejections are remembered. The one forgotten starts anew with no delay.
-const OWNERS: usize = 1000;
-
-/// The longest delay of a rejection: a controller that replaces each rejected pod makes one a minute.
-const REJECT_MOST: Duration = Duration::from_secs(60);
-
-/// An owner without rejections for so long starts anew.
-const REJECT_FORGET: Duration = Duration::from_secs(600);
 
 /// Whether pods are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +157,7 @@ pub fn spawn(setup: Setup) -> Manager {
         notes,
         pods: HashMap::new(),
         refused: HashMap::new(),
-        owners: BTreeMap::new(),
+        owners: Owners::default(),
         gate: Gate::Open,
         held: VecDeque::new(),
         outcomes: VecDeque::new(),
@@ -196,7 +188,7 @@ struct State {
     pods: HashMap<String, Entry>,
     /// Pods that never ran here, by uid; what is sent says whether the pod is deleted, and dropping it that it is gone.
     refused: HashMap<String, watch::Sender<bool>>,
-    owners: BTreeMap<String, Refusals>,
+    owners: Owners,
     gate: Gate,
     held: VecDeque<Pod>,
     outcomes: VecDeque<Outcome>,
@@ -206,11 +198,6 @@ struct State {
     shutdown: Option<Instant>,
     listed: bool,
     counts: watch::Sender<Counts>,
-}
-
-struct Refusals {
-    count: u32,
-    last: Instant,
 }
 
 impl State {
@@ -446,7 +433,7 @@ impl State {
             }
             return;
         }
-        if was_started(&pod) {
+        if lost::was_started(&pod) {
             self.lost(pod);
             return;
         }
@@ -506,7 +493,7 @@ impl State {
 
     /// Refuses a pod, the later the more of its owner's pods were refused.
     fn refuse(&mut self, pod: Pod, rejection: Rejection) {
-        let delay = self.refusal_delay(&pod, Instant::now());
+        let delay = self.owners.delay(&pod, Instant::now());
         tracing::warn!(
             namespace = pod.metadata.namespace,
             pod = pod.metadata.name,
@@ -521,59 +508,12 @@ impl State {
         self.close(pod, Some(status), delay);
     }
 
-    fn refusal_delay(&mut self, pod: &Pod, now: Instant) -> Duration {
-        let owners = pod.metadata.owner_references.iter().flatten();
-        let Some(owner) = owners.filter(|o| o.controller == Some(true)).map(|o| o.uid.clone()).next() else {
-            return Duration::ZERO;
-        };
-        self.owners.retain(|_, refusals| now.duration_since(refusals.last) < REJECT_FORGET);
-        while self.owners.len() >= OWNERS {
-            self.owners.pop_first();
-        }
-        let refusals = self.owners.entry(owner).or_insert(Refusals { count: 0, last: now });
-        refusals.last = now;
-        refusals.count += 1;
-        refusal_delay(refusals.count)
-    }
-
     /// A pod that somebody started here and that this pilot knows nothing of: it is not started a second time.
     fn lost(&mut self, pod: Pod) {
         let message =
             "The container could not be located: the pilot that had started it is gone with its state";
         tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
-        let names = pod.spec.iter().flat_map(|spec| spec.containers.iter().map(|c| c.name.clone()));
-        let known = |name: &str| {
-            let mut all = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
-            all.find(|c| c.name == name).cloned().unwrap_or_default()
-        };
-        let containers: Vec<ContainerRuntime> = names
-            .map(|name| {
-                let old = known(&name);
-                let seen = old.state.as_ref().and_then(|s| s.terminated.as_ref());
-                let running = old.state.as_ref().and_then(|s| s.running.as_ref());
-                let end = Terminated {
-                    exit_code: seen.map_or(137, |t| t.exit_code),
-                    signal: seen.and_then(|t| t.signal),
-                    reason: seen.map_or(Some("ContainerStatusUnknown".to_owned()), |t| t.reason.clone()),
-                    message: seen.map_or(Some(message.to_owned()), |t| t.message.clone()).unwrap_or_default(),
-                    started_at: seen
-                        .and_then(|t| t.started_at.as_ref())
-                        .or_else(|| running.and_then(|r| r.started_at.as_ref()))
-                        .map(|t| t.0),
-                    finished_at: seen
-                        .and_then(|t| t.finished_at.as_ref())
-                        .map_or_else(Timestamp::now, |t| t.0),
-                    id: old.container_id.clone().unwrap_or_default(),
-                };
-                ContainerRuntime {
-                    name,
-                    state: status::State::Terminated(end),
-                    last: None,
-                    restart_count: u32::try_from(old.restart_count).unwrap_or(0),
-                    image_id: old.image_id.clone(),
-                }
-            })
-            .collect();
+        let containers = lost::containers(&pod, message);
         let status = self.final_status(&pod, &Ending::Deleted, &containers);
         self.close(pod, Some(status), Duration::ZERO);
     }
@@ -609,34 +549,4 @@ fn is_tracked(pod: &Pod) -> bool {
 
 fn is_terminal(phase: &str) -> bool {
     matches!(phase, "Succeeded" | "Failed")
-}
-
-/// Whether some container of the pod has a state that only a start gives.
-fn was_started(pod: &Pod) -> bool {
-    let statuses = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
-    statuses.into_iter().any(|c| {
-        c.restart_count > 0
-            || c.state.as_ref().is_some_and(|s| s.running.is_some() || s.terminated.is_some())
-            || c.last_state.as_ref().is_some_and(|s| s.terminated.is_some())
-    })
-}
-
-/// None for the first, then 1, 2, 4 … 60 s.
-fn refusal_delay(count: u32) -> Duration {
-    match count {
-        0 | 1 => Duration::ZERO,
-        n => Duration::from_secs(1u64.checked_shl(n - 2).unwrap_or(u64::MAX)).min(REJECT_MOST),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_more_pods_of_an_owner_are_refused_the_later() {
-        let seconds: Vec<u64> = (1..=9).map(|n| refusal_delay(n).as_secs()).collect();
-        assert_eq!(seconds, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
-        assert_eq!(refusal_delay(u32::MAX), REJECT_MOST);
-    }
 }
