@@ -364,13 +364,16 @@ fn block_on(command: impl Future<Output = ExitCode>) -> ExitCode {
 /// Sets the log up on standard error, then runs the command.
 fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
     use std::io::IsTerminal;
+    use tracing_subscriber::layer::SubscriberExt as _;
+    use tracing_subscriber::util::SubscriberInitExt as _;
     // The libraries' own complaints come without a context; what concerns a user is said by the pilot.
     let quiet = if filter.contains("debug") || filter.contains("trace") {
         ""
     } else {
         ",kube_client=off,kube_runtime=off,tower=off"
     };
-    let filter = match tracing_subscriber::EnvFilter::try_new(format!("{filter}{quiet}")) {
+    // Not EnvFilter, whose regular expressions nobody here needs: they are half a megabyte of every process.
+    let filter = match format!("{filter}{quiet}").parse::<tracing_subscriber::filter::Targets>() {
         Ok(filter) => filter,
         Err(error) => {
             eprintln!(
@@ -379,14 +382,13 @@ fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         // Without this, a log that cannot be written (a full disk, a terminal that is gone) would end the pilot.
-        .log_internal_errors(false)
-        .init();
+        .log_internal_errors(false);
+    tracing_subscriber::registry().with(lines).with(filter).init();
     command()
 }
 

@@ -8,6 +8,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
@@ -109,6 +110,8 @@ impl Sessions {
     pub(super) fn attach(&mut self, takes_input: bool, given: Vec<OwnedFd>) {
         let mut given = given.into_iter().map(File::from);
         let (input, stdout, stderr) = (given.next(), given.next(), given.next());
+        // Of a container that says nothing, those who have left are only noticed here.
+        self.attached.retain(|client| !client.has_left());
         if self.attached.len() >= ATTACHED {
             return;
         }
@@ -237,6 +240,15 @@ impl Attached {
             }
         }
         taken
+    }
+
+    /// Whether the other ends of its outputs are closed.
+    fn has_left(&self) -> bool {
+        self.outputs.iter().flatten().any(|file| {
+            let mut fds = [PollFd::new(file.as_fd(), PollFlags::empty())];
+            let _ = poll(&mut fds, PollTimeout::ZERO);
+            fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
+        })
     }
 
     fn is_gone(&self) -> bool {

@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::body::{Answer, text};
 use super::find::Refused;
@@ -34,14 +35,19 @@ const HANG_UP: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// When it asks for what cannot be.
-pub fn exec(request: Request<Incoming>, run: RunHandle, who: String) -> Result<Response<Answer>, Refused> {
+pub fn exec(
+    request: Request<Incoming>,
+    run: RunHandle,
+    who: String,
+    room: OwnedSemaphorePermit,
+) -> Result<Response<Answer>, Refused> {
     let query = request.uri().query();
     let command: Vec<String> =
         super::find::query(query).filter(|(name, _)| name == "command").map(|(_, value)| value).collect();
     if command.is_empty() {
         return Err(Refused::new(StatusCode::BAD_REQUEST, "you must specify a command"));
     }
-    upgrade(request, move |session, streams| async move {
+    upgrade(request, room, move |session, streams| async move {
         let RemoteCommand { stdin, stdout, stderr, resize, status, closed } = session;
         let client = Client { stdin, stdout: boxed(stdout), stderr: boxed(stderr), resize, closed };
         let end = if streams.tty {
@@ -59,8 +65,12 @@ pub fn exec(request: Request<Incoming>, run: RunHandle, who: String) -> Result<R
 ///
 /// # Errors
 /// When it asks for what cannot be.
-pub fn attach(request: Request<Incoming>, run: RunHandle) -> Result<Response<Answer>, Refused> {
-    upgrade(request, move |session, _| async move {
+pub fn attach(
+    request: Request<Incoming>,
+    run: RunHandle,
+    room: OwnedSemaphorePermit,
+) -> Result<Response<Answer>, Refused> {
+    upgrade(request, room, move |session, _| async move {
         let RemoteCommand { stdin, stdout, stderr, mut resize, status, closed } = session;
         let sizes = run.clone();
         let sizes = tokio::spawn(async move {
@@ -106,13 +116,14 @@ struct Client {
     stdin: Option<StreamReader>,
     stdout: Output,
     stderr: Output,
-    resize: tokio::sync::mpsc::Receiver<remote_command::TerminalSize>,
+    resize: mpsc::Receiver<remote_command::TerminalSize>,
     closed: Closed,
 }
 
 /// Judges the request, answers it, and runs `session` on the upgraded connection.
 fn upgrade<F: Future<Output = ()> + Send>(
     mut request: Request<Incoming>,
+    room: OwnedSemaphorePermit,
     session: impl FnOnce(RemoteCommand, Streams) -> F + Send + 'static,
 ) -> Result<Response<Answer>, Refused> {
     let query = request.uri().query().map(str::to_owned);
@@ -123,6 +134,7 @@ fn upgrade<F: Future<Output = ()> + Send>(
     let response = negotiated.response();
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
+        let _room = room;
         if let Err(error) = converse(upgraded, negotiated, session).await {
             tracing::info!(%error, "a client's session could not begin");
         }
@@ -144,42 +156,22 @@ async fn converse<F: Future<Output = ()> + Send>(
 
 async fn in_pipes(run: &RunHandle, command: Vec<String>, client: Client) -> Result<Status, String> {
     let failed = |error: std::io::Error| format!("pipes for the program: {error}");
-    let Client { stdin, stdout, stderr, resize: _, mut closed } = client;
+    let Client { stdin, stdout, stderr, resize, closed } = client;
     let (their_input, input) = input_pipe(stdin.is_some()).map_err(failed)?;
     let (output, their_output) = output_pipe().map_err(failed)?;
     let (errors, their_errors) = output_pipe().map_err(failed)?;
     let stdio = ExecStdio::Pipes([their_input, their_output, their_errors]);
-    let mut exec = run.exec(command, stdio).await.map_err(|error| error.to_string())?;
-    let feeding = feed(stdin, input);
-    let mut showing = Box::pin(async { tokio::join!(show(output, stdout), show(errors, stderr)) });
-    tokio::pin!(feeding);
-    let (mut fed, mut shown) = (false, false);
-    let end = loop {
-        tokio::select! {
-            end = exec.ended() => break end,
-            () = &mut feeding, if !fed => fed = true,
-            _ = &mut showing, if !shown => shown = true,
-            _ = closed.wait() => return hang_up(exec).await,
-        }
+    let exec = run.exec(command, stdio).await.map_err(|error| error.to_string())?;
+    let (over, ended) = watch::channel(false);
+    let showing = async {
+        let _ = tokio::join!(show(output, stdout, ended.clone()), show(errors, stderr, ended));
     };
-    // What it wrote is in the pipes; what it left behind may hold them open.
-    if !shown {
-        tokio::select! {
-            _ = tokio::time::timeout(REST_LIMIT, quiet(&mut showing)) => {}
-            _ = closed.wait() => {}
-        }
-    }
-    ended(end)
-}
-
-/// Waits for the end of both outputs.
-async fn quiet(showing: &mut (impl Future + Unpin)) {
-    showing.await;
+    converse_until_end(exec, feed(stdin, input), showing, over, resize, None, closed).await
 }
 
 async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> Result<Status, String> {
     let failed = |error: std::io::Error| format!("a terminal for the program: {error}");
-    let Client { stdin, stdout, stderr: _, mut resize, mut closed } = client;
+    let Client { stdin, stdout, stderr: _, mut resize, closed } = client;
     let (ours, theirs) = terminal::open().map_err(failed)?;
     // The first size comes with the request: a program that asks at once finds it.
     if let Ok(Some(size)) = tokio::time::timeout(FIRST_SIZE, resize.recv()).await {
@@ -189,34 +181,50 @@ async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> R
     let output =
         pipe::Receiver::from_owned_fd_unchecked(ours.try_clone().map_err(failed)?).map_err(failed)?;
     let input = pipe::Sender::from_owned_fd_unchecked(ours).map_err(failed)?;
-    let mut exec = run.exec(command, ExecStdio::Terminal(theirs)).await.map_err(|error| error.to_string())?;
-    let mut showing = Box::pin(show(output, stdout));
-    let feeding = feed(stdin, stdin_of(input));
-    tokio::pin!(feeding);
-    let (mut fed, mut shown, mut sizes) = (false, false, true);
-    let end = loop {
-        tokio::select! {
-            end = exec.ended() => break end,
-            () = &mut feeding, if !fed => fed = true,
-            () = &mut showing, if !shown => shown = true,
-            size = resize.recv(), if sizes => match size {
-                Some(size) => { let _ = terminal::resize(&sized, size.width, size.height); }
-                None => sizes = false,
-            },
-            _ = closed.wait() => return hang_up(exec).await,
-        }
-    };
-    if !shown {
-        let _ = tokio::time::timeout(REST_LIMIT, showing).await;
-    }
-    ended(end)
+    let exec = run.exec(command, ExecStdio::Terminal(theirs)).await.map_err(|error| error.to_string())?;
+    let (over, ended) = watch::channel(false);
+    let showing = show(output, stdout, ended);
+    converse_until_end(exec, feed(stdin, Some(input)), showing, over, resize, Some(sized), closed).await
 }
 
 /// How long a terminal's first size is waited for: it is on its way with the request.
 const FIRST_SIZE: Duration = Duration::from_millis(20);
 
-fn stdin_of(input: pipe::Sender) -> Option<pipe::Sender> {
-    Some(input)
+/// Carries input and output until the program has ended and the client has taken what it wrote.
+async fn converse_until_end(
+    mut exec: Exec,
+    feeding: impl Future<Output = ()>,
+    showing: impl Future<Output = ()>,
+    over: watch::Sender<bool>,
+    mut resize: mpsc::Receiver<remote_command::TerminalSize>,
+    terminal: Option<OwnedFd>,
+    mut closed: Closed,
+) -> Result<Status, String> {
+    tokio::pin!(feeding, showing);
+    let (mut fed, mut shown, mut sizes) = (false, false, terminal.is_some());
+    let end = loop {
+        tokio::select! {
+            end = exec.ended() => break end,
+            () = &mut feeding, if !fed => fed = true,
+            () = &mut showing, if !shown => shown = true,
+            size = resize.recv(), if sizes => match (size, &terminal) {
+                (Some(size), Some(terminal)) => {
+                    let _ = terminal::resize(terminal, size.width, size.height);
+                }
+                _ => sizes = false,
+            },
+            _ = closed.wait() => return hang_up(exec).await,
+        }
+    };
+    // What it wrote is in the pipes, and a slow client may take its time for it.
+    over.send_replace(true);
+    if !shown {
+        tokio::select! {
+            () = &mut showing => {}
+            _ = closed.wait() => {}
+        }
+    }
+    ended(end)
 }
 
 fn ended(end: Result<crate::pod::session::ExecEnd, Gone>) -> Result<Status, String> {
@@ -253,7 +261,9 @@ async fn attached(
     run.attach(takes_input, [their_input, their_output, their_errors])
         .await
         .map_err(|error| error.to_string())?;
-    let showing = async { tokio::join!(show(output, stdout), show(errors, stderr)) };
+    // It ends with the container, whose supervisor closes both.
+    let (_open, never) = watch::channel(false);
+    let showing = async { tokio::join!(show(output, stdout, never.clone()), show(errors, stderr, never)) };
     let feeding = feed(stdin, input);
     tokio::pin!(showing, feeding);
     let mut fed = false;
@@ -290,11 +300,23 @@ async fn feed(stdin: Option<StreamReader>, input: Option<pipe::Sender>) {
     }
 }
 
-/// What a program writes, until it ends. Where nobody wants it, it is thrown away, so that the program goes on.
-async fn show(mut output: pipe::Receiver, mut client: Output) {
+/// What a program writes, until its end: that of the pipe, or, once the program is `over`, a silence; what it left behind
+/// may hold the pipe open. Where nobody wants it, it is thrown away, so that the program goes on.
+async fn show(mut output: pipe::Receiver, mut client: Output, mut over: watch::Receiver<bool>) {
     let mut bytes = vec![0; READ_BYTES];
-    // A terminal's end is an error (EIO).
-    while let Ok(n) = output.read(&mut bytes).await {
+    loop {
+        let silence = async {
+            // A sender that is gone belongs to a session that is over too.
+            let _ = over.wait_for(|over| *over).await;
+            tokio::time::sleep(REST_LIMIT).await;
+        };
+        let read = tokio::select! {
+            biased;
+            read = output.read(&mut bytes) => read,
+            () = silence => break,
+        };
+        // A terminal's end is an error (EIO).
+        let Ok(n) = read else { break };
         if n == 0 {
             break;
         }

@@ -6,6 +6,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 
 use super::body::Answer;
@@ -18,6 +19,7 @@ const COPY_BYTES: usize = 32 * 1024;
 /// Answers with 101 and forwards beside it until the client goes or the pod has ended.
 pub fn port_forward(
     mut request: Request<Incoming>,
+    room: OwnedSemaphorePermit,
     over: impl Future<Output = ()> + Send + 'static,
 ) -> Response<Answer> {
     let query = request.uri().query().map(str::to_owned);
@@ -28,6 +30,7 @@ pub fn port_forward(
     let response = negotiated.response();
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
+        let _room = room;
         let connection = match upgraded.await {
             Ok(connection) => connection,
             Err(error) => {

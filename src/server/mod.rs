@@ -30,7 +30,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 
 use self::body::{Answer, text};
@@ -45,8 +45,11 @@ use crate::pod::roster::Roster;
 pub use self::pages::{About, Pages};
 
 /// Connections at once: some hundred followers of logs, and as many for metrics and people; beyond that a client waits. A
-/// process has 1024 descriptors by default, and an exec takes five.
-const CONNECTIONS: usize = 400;
+/// process has 1024 descriptors by default; a follower takes two, a session four, a container one.
+const CONNECTIONS: usize = 300;
+
+/// Sessions of exec, attach and port-forward at once.
+const SESSIONS: usize = 80;
 
 /// How long a client may take for its TLS handshake. An honest one takes milliseconds.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -75,6 +78,8 @@ pub struct Server {
     /// What is shown of this pilot.
     pub pages: Pages,
     refusals: Refusals,
+    /// Room for sessions that outlive their requests.
+    sessions: Arc<Semaphore>,
 }
 
 impl Server {
@@ -96,6 +101,7 @@ impl Server {
             anonymous_metrics,
             pages,
             refusals: Refusals::default(),
+            sessions: Arc::new(Semaphore::new(SESSIONS)),
         }
     }
 }
@@ -271,19 +277,28 @@ impl Server {
                 find::container(&view, &name)?;
                 logs::answer(&self.roster, &self.watch, &view, &name, asked).await
             }
-            Route::Exec(path, name) => exec::exec(request, self.run(&path, &name)?, user.name),
-            Route::Attach(path, name) => exec::attach(request, self.run(&path, &name)?),
+            Route::Exec(path, name) => exec::exec(request, self.run(&path, &name)?, user.name, self.room()?),
+            Route::Attach(path, name) => exec::attach(request, self.run(&path, &name)?, self.room()?),
             Route::Run(path, name) => exec::run(query.as_deref(), &self.run(&path, &name)?).await,
             Route::PortForward(path) => {
                 let view = find::pod(&self.roster, &path)?;
                 let over = ended(Arc::clone(&self.roster), view.pod.metadata.uid.clone().unwrap_or_default());
                 let (user, pod) = (user.name, &path.name);
                 tracing::info!(user, namespace = path.namespace, pod, "a user forwards ports");
-                Ok(forward::port_forward(request, over))
+                Ok(forward::port_forward(request, self.room()?, over))
             }
             Route::Health => Ok(text(StatusCode::OK, "ok")),
             route => Ok(self.pages.page(&route, query.as_deref(), &self.roster).await),
         }
+    }
+
+    /// Room for a session that outlives its request.
+    fn room(&self) -> Result<OwnedSemaphorePermit, Refused> {
+        Arc::clone(&self.sessions).try_acquire_owned().map_err(|_| {
+            let message =
+                format!("{SESSIONS} sessions of exec, attach and port-forward are open at this Node already");
+            Refused::new(StatusCode::TOO_MANY_REQUESTS, message)
+        })
     }
 
     fn run(&self, path: &PodPath, container: &str) -> Result<crate::pod::session::RunHandle, Refused> {
