@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(user.name, "kube-apiserver");
         assert_eq!(user.groups, ["system:masters", "system:authenticated"]);
         let forged = certificate(&stranger, "kube-apiserver", &["system:masters"]);
-        assert_eq!(authenticator.by_certificate(&[forged.clone()]), None);
+        assert_eq!(authenticator.by_certificate(std::slice::from_ref(&forged)), None);
         let unknown = authenticator.authenticate(&[forged], &HeaderMap::new()).await;
         assert_eq!(unknown, Err(Unknown::Unauthorized));
     }
