@@ -20,7 +20,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, se
 
 use super::descriptors;
 use super::exec::exec;
-use super::log;
+use super::log::{self, LogLimits};
 use super::protocol::{LINE_BYTES, Launch, Session, StartError, Stdin, line};
 
 /// pbs_attach asks the MOM of its own host.
@@ -98,7 +98,10 @@ fn become_container(launch: &Launch, given: Option<OwnedFd>, keep: RawFd) -> Res
         })?;
     }
     // The log is there from the start, also for a container that says nothing. One that cannot be made holds nothing up.
-    let _ = launch.log.as_deref().map(log::open);
+    if let Some(path) = &launch.log {
+        let _ = log::open(path);
+        log::forget_old(path, LogLimits::default().files);
+    }
     if let Some(adjustment) = launch.oom_score_adj {
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());

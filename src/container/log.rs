@@ -22,6 +22,10 @@ const QUEUE_BYTES: usize = 256 * 1024;
 /// One write(2): progress is seen that often.
 const PIECE_BYTES: usize = 64 * 1024;
 
+/// Runs of a container whose logs are kept beside each other. A kubelet keeps one beside the current
+/// (MaximumDeadContainersPerContainer); a few more cost little, and say how a crash loop began to change.
+const RUNS: u32 = 5;
+
 /// A writer without progress for so long is hung.
 const HUNG: Duration = Duration::from_secs(1);
 
@@ -358,9 +362,35 @@ pub fn open(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Removes the log of the run that is [`RUNS`] before the one of this log: each start of a container removes one, so that
+/// one that is restarted for days has no more than that many.
+pub fn forget_old(path: &Path, files: u32) {
+    let run = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
+    let Some(old) = run.and_then(|run| run.checked_sub(RUNS)) else { return };
+    let old = path.with_file_name(format!("{old}.log"));
+    let _ = fs::remove_file(&old);
+    for n in 1..files {
+        let _ = fs::remove_file(format!("{}.{n}", old.display()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_container_that_is_restarted_for_days_keeps_the_logs_of_its_last_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = |run: u32| dir.path().join(format!("{run}.log"));
+        for run in 0..12 {
+            fs::write(log(run), "x").unwrap();
+            fs::write(dir.path().join(format!("{run}.log.1")), "x").unwrap();
+            forget_old(&log(run), 5);
+        }
+        let kept: Vec<bool> = (0..12).map(|run| log(run).exists()).collect();
+        assert_eq!(kept.iter().filter(|kept| **kept).count(), RUNS as usize);
+        assert!(kept[11] && !kept[1] && !dir.path().join("1.log.1").exists());
+    }
 
     fn texts(path: &Path) -> Vec<String> {
         let all = fs::read_to_string(path).unwrap();
