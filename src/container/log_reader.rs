@@ -1,15 +1,16 @@
 //! Reads a container's log as [`log`](super::log) writes it: the rotated files from the oldest to the newest, then what is
 //! still to come. [`LogReader`] gives raw entries; [`Formatter`] makes of them what `kubectl logs` shows.
 
-use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use nix::fcntl::OFlag;
 
-/// One read: enough that a system call and a thread's turn cost little beside it.
-const READ_BYTES: usize = 256 * 1024;
+/// One read: enough that a system call and a thread's turn cost little beside it, and more than the longest entry.
+const READ_BYTES: usize = 64 * 1024;
 
 /// Rotated files that are looked for: ten times kubelet's default of containerLogMaxFiles.
 const FILES_MOST: u32 = 50;
@@ -123,12 +124,19 @@ fn parse(line: &[u8]) -> Option<Entry<'_>> {
     Some(Entry { stamp, whole: tag != b"P", text: parts.next().unwrap_or_default() })
 }
 
-/// Where a log is read. It survives rotation.
+/// Where a log is read. It survives rotation, and reads nothing but files: a container can put anything in their place.
 #[derive(Debug)]
 pub struct LogReader {
     path: PathBuf,
-    file: Option<File>,
+    current: Option<Current>,
+}
+
+/// The file that is read.
+#[derive(Debug)]
+struct Current {
+    file: File,
     inode: u64,
+    /// The end of the last whole entry that was read.
     offset: u64,
 }
 
@@ -136,114 +144,166 @@ impl LogReader {
     /// A reader that begins with the oldest file of the log at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, file: None, inode: 0, offset: 0 }
+        Self { path, current: None }
     }
 
-    /// The log's current file.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A reader that begins with the file that has the first of the last `tail` lines, and how many lines of that file
+    /// come before it.
+    ///
+    /// # Errors
+    /// When a file that is there cannot be read.
+    pub fn at_tail(path: PathBuf, tail: u64) -> io::Result<(Self, u64)> {
+        let mut reader = Self::new(path);
+        let (mut wanted, mut skip) = (tail, 0);
+        for n in 0..FILES_MOST {
+            let Some(mut file) = open(&reader.numbered(n))? else {
+                // The current one is made with the next line after a rotation.
+                if n == 0 {
+                    continue;
+                }
+                break;
+            };
+            let mut lines = 0;
+            while let Some(bytes) = file.read()? {
+                lines += count_lines(&bytes);
+            }
+            file.offset = 0;
+            reader.current = Some(file);
+            skip = lines.saturating_sub(wanted);
+            wanted = wanted.saturating_sub(lines);
+            if wanted == 0 {
+                break;
+            }
+        }
+        Ok((reader, skip))
     }
 
-    /// Reads the next piece; none at the log's end, for now.
+    /// Reads the next piece, of whole entries; none at the log's end, for now.
     ///
     /// # Errors
     /// When a file that is there cannot be read.
     pub fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
         // Once around each file at the most: rotation cannot keep it from an end.
         for _ in 0..=FILES_MOST {
-            if self.file.is_none() && !self.open(self.oldest())? {
-                return Ok(None);
-            }
-            if let Some(bytes) = self.read_here()? {
+            let Some(current) = &mut self.current else {
+                self.current = self.oldest()?;
+                if self.current.is_none() {
+                    return Ok(None);
+                }
+                continue;
+            };
+            if let Some(bytes) = current.read()? {
                 return Ok(Some(bytes));
             }
             // The end of this file: a newer one follows when it was moved away.
             let Some(next) = self.newer()? else { return Ok(None) };
             // What was written between the last read and the rotation comes first.
-            if let Some(bytes) = self.read_here()? {
+            if let Some(bytes) = self.current.as_mut().map(Current::read).transpose()?.flatten() {
                 return Ok(Some(bytes));
             }
-            self.open(Some(next))?;
+            self.current = Some(next);
         }
         Ok(None)
-    }
-
-    fn read_here(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let Some(file) = &mut self.file else { return Ok(None) };
-        // A file that could not be moved away was emptied.
-        if file.metadata()?.len() < self.offset {
-            file.seek(SeekFrom::Start(0))?;
-            self.offset = 0;
-        }
-        let mut bytes = Vec::with_capacity(READ_BYTES);
-        file.take(READ_BYTES as u64).read_to_end(&mut bytes)?;
-        self.offset += bytes.len() as u64;
-        Ok((!bytes.is_empty()).then_some(bytes))
-    }
-
-    fn open(&mut self, path: Option<PathBuf>) -> io::Result<bool> {
-        let Some(path) = path else { return Ok(false) };
-        match File::open(path) {
-            Ok(file) => {
-                self.inode = file.metadata()?.ino();
-                self.file = Some(file);
-                self.offset = 0;
-                Ok(true)
-            }
-            // It has just been moved; the next look finds it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
     }
 
     fn numbered(&self, n: u32) -> PathBuf {
         if n == 0 { self.path.clone() } else { PathBuf::from(format!("{}.{n}", self.path.display())) }
     }
 
-    fn oldest(&self) -> Option<PathBuf> {
-        let last = (0..FILES_MOST).take_while(|n| *n == 0 || self.numbered(*n).exists()).last()?;
-        Some(self.numbered(last)).filter(|path| path.exists())
+    fn inode(&self, n: u32) -> io::Result<Option<u64>> {
+        match std::fs::symlink_metadata(self.numbered(n)) {
+            Ok(found) => Ok(Some(found.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn oldest(&self) -> io::Result<Option<Current>> {
+        let mut last = None;
+        for n in 0..FILES_MOST {
+            match self.inode(n)? {
+                Some(_) => last = Some(n),
+                None if n > 0 => break,
+                None => {}
+            }
+        }
+        last.map_or(Ok(None), |n| open(&self.numbered(n)))
     }
 
     /// The file that follows the one that is read; none when that is the current one.
-    fn newer(&self) -> io::Result<Option<PathBuf>> {
+    fn newer(&self) -> io::Result<Option<Current>> {
+        let Some(own) = self.current.as_ref().map(|current| current.inode) else { return Ok(None) };
         for n in 0..FILES_MOST {
-            match std::fs::metadata(self.numbered(n)) {
-                Ok(found) if found.ino() == self.inode => {
-                    return Ok(n.checked_sub(1).map(|newer| self.numbered(newer)));
-                }
-                // The current one is made with the next line after a rotation.
-                Err(error) if n == 0 && error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                Ok(_) => {}
-                Err(error) => return Err(error),
+            let found = self.inode(n)?;
+            if found == Some(own) {
+                let Some(newer) = n.checked_sub(1) else { return Ok(None) };
+                let next = open(&self.numbered(newer))?;
+                // A rotation in between has moved both: the next look finds where they are.
+                return Ok(next.filter(|_| self.inode(n).is_ok_and(|now| now == Some(own))));
+            }
+            if found.is_none() && n > 0 {
+                break;
             }
         }
         // Ours has been removed: what follows is the oldest that is left.
-        Ok(self.oldest())
+        self.oldest()
     }
 }
 
-/// How many whole lines the log has now.
-///
-/// # Errors
-/// When a file that is there cannot be read.
-pub fn count_lines(path: &Path) -> io::Result<u64> {
-    let mut reader = LogReader::new(path.to_owned());
-    // An entry longer than what is kept of it here is a part of a line, and its tag stands at the beginning.
-    let (mut lines, mut head) = (0, Vec::with_capacity(HEAD_BYTES));
-    while let Some(bytes) = reader.read()? {
-        for byte in bytes {
-            if byte == b'\n' {
-                lines += u64::from(parse(&head).is_some_and(|entry| entry.whole));
-                head.clear();
-            } else if head.len() < HEAD_BYTES {
-                head.push(byte);
+impl Current {
+    /// The next whole entries.
+    fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
+        // A file that could not be moved away was emptied. What is cut off after a failed write ends with an entry.
+        if self.file.metadata()?.len() < self.offset {
+            self.offset = 0;
+        }
+        let mut bytes = vec![0; READ_BYTES];
+        let mut read = 0;
+        while read < bytes.len() {
+            match self.file.read_at(&mut bytes[read..], self.offset + read as u64) {
+                Ok(0) => break,
+                Ok(n) => read += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
+        bytes.truncate(read);
+        match bytes.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => bytes.truncate(end + 1),
+            // No entry is so long: it was not written by us.
+            None if read == READ_BYTES => {
+                self.offset += read as u64;
+                return Ok(Some(Vec::new()));
+            }
+            None => return Ok(None),
+        }
+        self.offset += bytes.len() as u64;
+        Ok(Some(bytes))
     }
-    Ok(lines)
+}
+
+/// Opens a file of a log; none when there is none of this name.
+fn open(path: &Path) -> io::Result<Option<Current>> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    match OpenOptions::new().read(true).custom_flags(flags.bits()).open(path) {
+        Ok(file) => {
+            let found = file.metadata()?;
+            if !found.is_file() {
+                return Err(io::Error::other("it is no file any more"));
+            }
+            Ok(Some(Current { inode: found.ino(), file, offset: 0 }))
+        }
+        // It has just been moved; the next look finds it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// How many whole lines these entries have.
+fn count_lines(entries: &[u8]) -> u64 {
+    let lines =
+        entries.split(|byte| *byte == b'\n').filter_map(|line| parse(&line[..line.len().min(HEAD_BYTES)]));
+    lines.filter(|entry| entry.whole).count() as u64
 }
 
 /// Time stamp, stream and tag of an entry: 30 + 1 + 6 + 1 + 1.
@@ -321,8 +381,18 @@ mod tests {
         let wanted: String = (0..750).map(|n| format!("line {n}\n")).collect();
         assert_eq!(String::from_utf8(shown).unwrap(), wanted);
         assert!(dir.path().join("0.log.3").exists());
-        // A new reader begins with the oldest.
-        assert_eq!(count_lines(&path).unwrap(), 750);
+        let tail = |lines: u64| {
+            let (mut reader, skip) = LogReader::at_tail(path.clone(), lines).unwrap();
+            let mut formatter = Formatter::new(&LogOptions::default(), skip);
+            let mut shown = Vec::new();
+            while let Some(bytes) = reader.read().unwrap() {
+                formatter.take(&bytes, &mut shown);
+            }
+            String::from_utf8(shown).unwrap()
+        };
+        assert_eq!(tail(2), "line 748\nline 749\n");
+        assert_eq!(tail(200), (550..750).map(|n| format!("line {n}\n")).collect::<String>());
+        assert_eq!((tail(0), tail(9999)), (String::new(), wanted));
     }
 
     #[test]
@@ -333,6 +403,39 @@ mod tests {
         log.take(Output::Stdout, &[b'x'; 50_000], |_| {});
         log.take(Output::Stdout, b"\nend\n", |_| {});
         assert_eq!(log.finish(Duration::from_secs(5)).lost, 0);
-        assert_eq!(count_lines(&path).unwrap(), 2);
+        let (_, skip) = LogReader::at_tail(path, 1).unwrap();
+        assert_eq!(skip, 1);
+    }
+
+    #[test]
+    fn what_is_cut_off_after_a_failed_write_is_neither_shown_nor_shown_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let line = |n: u32| format!("2026-01-01T00:00:00.000000000Z stdout F line {n}\n");
+        let mut reader = LogReader::new(path.clone());
+        std::fs::write(&path, format!("{}{}", line(1), &line(2)[..40])).unwrap();
+        assert_eq!(reader.read().unwrap().unwrap(), line(1).as_bytes());
+        std::fs::write(&path, line(1)).unwrap();
+        assert_eq!(reader.read().unwrap(), None);
+        std::fs::write(&path, format!("{}{}", line(1), line(3))).unwrap();
+        assert_eq!(reader.read().unwrap().unwrap(), line(3).as_bytes());
+    }
+
+    #[test]
+    fn what_a_container_puts_in_the_place_of_its_log_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(LogReader::new(path.clone()).read().is_err());
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(LogReader::new(path.clone()).read().is_err());
+        std::fs::remove_file(&path).unwrap();
+        // No line end anywhere: nothing is kept.
+        std::fs::write(&path, vec![b'x'; 1 << 20]).unwrap();
+        let mut reader = LogReader::new(path);
+        while let Some(bytes) = reader.read().unwrap() {
+            assert!(bytes.is_empty());
+        }
     }
 }

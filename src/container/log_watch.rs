@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 /// How often a log is looked at where inotify is not to be had (its limits are used up).
@@ -22,9 +23,9 @@ const LOOK: Duration = Duration::from_secs(5);
 const EVENTS_BYTES: usize = 16 * 1024;
 
 /// Tells followers when their log's directory changes.
-#[derive(Default)]
 pub struct LogWatch {
     shared: Mutex<Shared>,
+    runtime: Handle,
 }
 
 #[derive(Default)]
@@ -58,7 +59,13 @@ impl LogWatch {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows the directory of a log.
+    /// To be called in a tokio runtime.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { shared: Mutex::default(), runtime: Handle::current() })
+    }
+
+    /// Follows the directory of a log. It may be held up by a file system that hangs.
     pub fn follow(self: &Arc<Self>, directory: &Path) -> LogChanges {
         match self.watched(directory) {
             Ok(watched) => {
@@ -73,29 +80,38 @@ impl LogWatch {
     }
 
     fn watched(self: &Arc<Self>, directory: &Path) -> io::Result<Arc<Watched>> {
+        if let Some(watched) = self.lock().watched.get(directory).and_then(Weak::upgrade) {
+            return Ok(watched);
+        }
+        let inotify = self.inotify()?;
+        let wanted = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
+        // Not with the lock held: a file system that hangs must not hold up those who are told.
+        let descriptor = inotify::add_watch(&*inotify, directory, wanted)?;
         let mut shared = self.lock();
+        // Another follower may have been quicker; the kernel gives both the same watch.
         if let Some(watched) = shared.watched.get(directory).and_then(Weak::upgrade) {
             return Ok(watched);
         }
-        let inotify = match &shared.inotify {
-            Some(inotify) => Arc::clone(inotify),
-            None => {
-                let new = Arc::new(inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?);
-                // It is read as a pipe is.
-                let events = pipe::Receiver::from_owned_fd_unchecked(new.try_clone()?)?;
-                shared.inotify = Some(Arc::clone(&new));
-                tokio::spawn(tell(Arc::downgrade(self), events));
-                new
-            }
-        };
-        let wanted = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
-        let descriptor = inotify::add_watch(&*inotify, directory, wanted)?;
         let watched = Arc::new(Watched { descriptor, changes: watch::Sender::new(0), inotify });
         shared.watched.retain(|_, watched| watched.strong_count() > 0);
         shared.by_descriptor.retain(|_, watched| watched.strong_count() > 0);
         shared.watched.insert(directory.to_owned(), Arc::downgrade(&watched));
         shared.by_descriptor.insert(descriptor, Arc::downgrade(&watched));
         Ok(watched)
+    }
+
+    fn inotify(self: &Arc<Self>) -> io::Result<Arc<OwnedFd>> {
+        let mut shared = self.lock();
+        if let Some(inotify) = &shared.inotify {
+            return Ok(Arc::clone(inotify));
+        }
+        let new = Arc::new(inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?);
+        let _runtime = self.runtime.enter();
+        // It is read as a pipe is.
+        let events = pipe::Receiver::from_owned_fd_unchecked(new.try_clone()?)?;
+        shared.inotify = Some(Arc::clone(&new));
+        self.runtime.spawn(tell(Arc::downgrade(self), events));
+        Ok(new)
     }
 }
 
@@ -146,7 +162,7 @@ mod tests {
     #[tokio::test]
     async fn followers_of_one_directory_share_a_watch_and_are_told_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let all = Arc::new(LogWatch::default());
+        let all = LogWatch::new();
         let mut one = all.follow(dir.path());
         let mut two = all.follow(dir.path());
         assert_eq!(all.lock().by_descriptor.len(), 1);

@@ -16,6 +16,8 @@ use rustix::termios::{Winsize, tcsetwinsize};
 /// When there are no more terminals (`/proc/sys/kernel/pty/max`), or no `/dev/pts`.
 pub fn open() -> io::Result<(OwnedFd, OwnedFd)> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    // Programs that read nothing must hold nobody up who types.
+    super::peer::set_nonblocking(ours.as_fd())?;
     grantpt(&ours)?;
     unlockpt(&ours)?;
     let name = ptsname(&ours, Vec::new())?;

@@ -9,7 +9,7 @@ use hyper::body::{Body, Frame};
 use tokio::sync::mpsc;
 
 /// Pieces that wait for a client that is slow; whoever makes them waits then.
-const PIECES: usize = 2;
+const PIECES: usize = 1;
 
 /// The body of an answer.
 #[derive(Debug)]

@@ -1,12 +1,14 @@
 //! `/portForward`: connections to what listens on this host for a pod. Pods have the host's network, so a port is the
 //! host's, by its loopback address. Source: cri-streaming `portforward`, kubelet's `server.go`.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::body::Answer;
@@ -57,9 +59,18 @@ pub fn port_forward(
     response
 }
 
+/// Forwarded connections of all clients together: each takes a descriptor, of which a process has 1024 by default.
+const FORWARDED: usize = 200;
+
+static ROOM: Semaphore = Semaphore::const_new(FORWARDED);
+
 async fn forward(stream: ForwardedStream) {
     let ForwardedStream { port, mut data, error } = stream;
-    let mut server = match TcpStream::connect(("127.0.0.1", port)).await {
+    let Ok(_room) = ROOM.try_acquire() else {
+        let _ = error.fail(&format!("{FORWARDED} connections are forwarded by this Node already")).await;
+        return;
+    };
+    let mut server = match connect(port).await {
         Ok(server) => server,
         Err(problem) => {
             let _ = error.fail(&format!("port {port} of this pod's host: {problem}")).await;
@@ -75,4 +86,12 @@ async fn forward(stream: ForwardedStream) {
     }
     // Not told to the client: kubectl ends all of its forwards at the first word of an error.
     let _ = error.finish().await;
+}
+
+/// Some servers listen on one family's loopback alone.
+async fn connect(port: u16) -> std::io::Result<TcpStream> {
+    match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
+        Ok(server) => Ok(server),
+        Err(error) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.map_err(|_| error),
+    }
 }

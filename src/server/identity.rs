@@ -31,6 +31,11 @@ const TOKEN_BYTES: usize = 16 * 1024;
 /// Questions to the API server at once: any local user can make this Node ask.
 const ASKING: usize = 8;
 
+/// Tokens never seen before that the API server is asked about in a second, and at once after a quiet time: any local user
+/// can send as many, and the questions share this Node's rate with its Lease and its pods' statuses.
+const NEW_A_SECOND: f64 = 10.0;
+const NEW_AT_ONCE: f64 = 20.0;
+
 /// Longest wait for an answer of the API server.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
@@ -53,6 +58,9 @@ pub enum Unknown {
     /// Nothing was shown, or nothing that the cluster knows.
     #[error("Unauthorized")]
     Unauthorized,
+    /// More tokens that were never seen come in than the API server is asked about.
+    #[error("too many tokens that this Node has never seen; try again in a second")]
+    TooMany,
     /// The API server could not be asked.
     #[error("the API server cannot say whose token this is: {0}")]
     Unavailable(String),
@@ -64,6 +72,25 @@ pub struct Authenticator {
     client: kube::Client,
     tokens: Mutex<HashMap<[u8; 32], Remembered>>,
     asking: Semaphore,
+    new: Mutex<Bucket>,
+}
+
+/// How many tokens may still be asked about now.
+struct Bucket {
+    left: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn take(&mut self, now: Instant) -> bool {
+        let refilled = now.duration_since(self.at).as_secs_f64() * NEW_A_SECOND;
+        (self.left, self.at) = ((self.left + refilled).min(NEW_AT_ONCE), now);
+        let enough = self.left >= 1.0;
+        if enough {
+            self.left -= 1.0;
+        }
+        enough
+    }
 }
 
 struct Remembered {
@@ -78,7 +105,13 @@ impl Authenticator {
     /// When there is no certificate among `roots` that can be used.
     pub fn new(roots: &[CertificateDer<'static>], client: kube::Client) -> Result<Self, String> {
         let certificates = if roots.is_empty() { None } else { Some(verifier(roots)?) };
-        Ok(Self { certificates, client, tokens: Mutex::default(), asking: Semaphore::new(ASKING) })
+        Ok(Self {
+            certificates,
+            client,
+            tokens: Mutex::default(),
+            asking: Semaphore::new(ASKING),
+            new: Mutex::new(Bucket { left: NEW_AT_ONCE, at: Instant::now() }),
+        })
     }
 
     fn tokens(&self) -> MutexGuard<'_, HashMap<[u8; 32], Remembered>> {
@@ -117,6 +150,9 @@ impl Authenticator {
         if let Some(user) = remembered {
             return user.ok_or(Unknown::Unauthorized);
         }
+        if !self.new.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
+            return Err(Unknown::TooMany);
+        }
         let user = self.review(token).await?;
         let until = now + if user.is_some() { KNOWN } else { UNKNOWN };
         let mut tokens = self.tokens();
@@ -134,17 +170,15 @@ impl Authenticator {
 
     async fn review(&self, token: &str) -> Result<Option<User>, Unknown> {
         let unavailable = |error: &dyn std::fmt::Display| Unknown::Unavailable(error.to_string());
-        let ask = async {
-            let _permit = self.asking.acquire().await.map_err(|e| unavailable(&e))?;
-            let api: kube::Api<TokenReview> = kube::Api::all(self.client.clone());
-            let spec = TokenReviewSpec { token: token.to_owned(), audiences: None };
-            let review = TokenReview { spec, ..TokenReview::default() };
-            let answer = api.create(&PostParams::default(), &review).await;
-            answer.map_err(|error| unavailable(&crate::cluster::explain(&error)))
-        };
-        let answer = tokio::time::timeout(ANSWER_LIMIT, ask)
+        let _permit = self.asking.acquire().await.map_err(|e| unavailable(&e))?;
+        let api: kube::Api<TokenReview> = kube::Api::all(self.client.clone());
+        let spec = TokenReviewSpec { token: token.to_owned(), audiences: None };
+        let review = TokenReview { spec, ..TokenReview::default() };
+        let parameters = PostParams::default();
+        let answer = tokio::time::timeout(ANSWER_LIMIT, api.create(&parameters, &review))
             .await
-            .map_err(|_| unavailable(&format!("no answer within {} s", ANSWER_LIMIT.as_secs())))??;
+            .map_err(|_| unavailable(&format!("no answer within {} s", ANSWER_LIMIT.as_secs())))?
+            .map_err(|error| unavailable(&crate::cluster::explain(&error)))?;
         let status = answer.status.unwrap_or_default();
         if status.authenticated != Some(true) {
             return Ok(None);

@@ -12,14 +12,14 @@ use tokio::sync::mpsc;
 
 use super::body::{Answer, text};
 use super::find::Refused;
-use crate::container::log_reader::{Formatter, LogOptions, LogReader, count_lines};
+use crate::container::log_reader::{Formatter, LogOptions, LogReader};
 use crate::container::log_watch::LogWatch;
 use crate::pod::context::on_disk;
 use crate::pod::roster::{ContainerView, PodView, Roster};
-use crate::pod::status::State;
+use crate::pod::status::{State, container_id};
 
-/// One piece of an answer: large for the speed of a whole log, small for the memory of many slow clients.
-const PIECE_BYTES: usize = 256 * 1024;
+/// One piece of an answer, of which a client that is slow holds three: some 100 MB for 400 of them.
+const PIECE_BYTES: usize = 64 * 1024;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -102,24 +102,27 @@ fn at_least(name: &str, value: i64, least: u64) -> Result<u64, Refused> {
     })
 }
 
-/// The number of the run whose log is meant.
-fn run_of(pod: &str, name: &str, container: &ContainerView, previous: bool) -> Result<u32, Refused> {
+/// The number of the run whose log is meant, of a container in a pod of this name and uid.
+fn run_of(
+    (pod, uid): (&str, &str),
+    name: &str,
+    container: &ContainerView,
+    previous: bool,
+) -> Result<u32, Refused> {
     let bad = |message: String| Refused::new(StatusCode::BAD_REQUEST, message);
-    // While a container waits to run again its record still has the number of the run that ended.
-    let waits_again = matches!(container.state, State::Waiting { .. }) && container.last.is_some();
-    match (previous, &container.state) {
-        (true, _) if container.last.is_none() => {
-            Err(bad(format!("previous terminated container {name:?} in pod {pod:?} not found")))
+    let none = || bad(format!("previous terminated container {name:?} in pod {pod:?} not found"));
+    match (&container.state, &container.last) {
+        // It waits to run again: what there is is the run that ended, whether the next has its number already or not.
+        (State::Waiting { .. }, Some(last)) if last.id == container_id(uid, name, container.restart) => {
+            Ok(container.restart)
         }
-        (true, State::Waiting { .. }) => Ok(container.restart),
-        (true, _) => container
-            .restart
-            .checked_sub(1)
-            .ok_or_else(|| bad(format!("previous terminated container {name:?} in pod {pod:?} not found"))),
-        (false, State::Waiting { reason, .. }) if !waits_again => {
+        (State::Waiting { .. }, Some(_)) => container.restart.checked_sub(1).ok_or_else(none),
+        (State::Waiting { reason, .. }, None) if !previous => {
             Err(bad(format!("container {name:?} in pod {pod:?} is waiting to start: {reason}")))
         }
-        (false, _) => Ok(container.restart),
+        (_, Some(_)) if previous => container.restart.checked_sub(1).ok_or_else(none),
+        _ if previous => Err(none()),
+        _ => Ok(container.restart),
     }
 }
 
@@ -139,7 +142,8 @@ pub async fn answer(
     let state = State::Waiting { reason, message: String::new() };
     let waiting = ContainerView { state, last: None, restart: 0, run: None };
     let container = view.containers.get(name).unwrap_or(&waiting);
-    let run = run_of(&pod, name, container, request.previous)?;
+    let uid = view.pod.metadata.uid.clone().unwrap_or_default();
+    let run = run_of((&pod, &uid), name, container, request.previous)?;
     let Some(directory) = &view.directory else {
         return Err(Refused::new(
             StatusCode::BAD_REQUEST,
@@ -148,13 +152,8 @@ pub async fn answer(
     };
     let path = log_path(directory, name, run);
     let (pieces, body) = Answer::pieces();
-    let source = Source {
-        uid: view.pod.metadata.uid.clone().unwrap_or_default(),
-        container: name.to_owned(),
-        run,
-        roster: Arc::clone(roster),
-        watch: Arc::clone(watch),
-    };
+    let source =
+        Source { uid, container: name.to_owned(), run, roster: Arc::clone(roster), watch: Arc::clone(watch) };
     tokio::spawn(async move {
         if let Err(error) = send(path.clone(), request, source, &pieces).await {
             tracing::warn!(path = %path.display(), %error, "a container's log could not be read");
@@ -195,18 +194,19 @@ async fn send(
     pieces: &mpsc::Sender<Bytes>,
 ) -> std::io::Result<()> {
     let lost = |error: tokio::task::JoinError| std::io::Error::other(error.to_string());
-    let mut skip = 0;
-    if let Some(tail) = request.options.tail {
-        let counted = path.clone();
-        let lines = on_disk(move || count_lines(&counted)).await.map_err(lost)??;
-        skip = lines.saturating_sub(tail);
-    }
+    let (tail, watch, follow) = (request.options.tail, Arc::clone(&source.watch), request.follow);
     // Before the first read: what is written between that and the wait is told.
-    let mut changes =
-        request.follow.then(|| source.watch.follow(path.parent().unwrap_or_else(|| Path::new("/"))));
+    let begin = on_disk(move || {
+        let changes = follow.then(|| watch.follow(path.parent().unwrap_or_else(|| Path::new("/"))));
+        let (reader, skip) = match tail {
+            Some(tail) => LogReader::at_tail(path, tail)?,
+            None => (LogReader::new(path), 0),
+        };
+        Ok::<_, std::io::Error>((reader, skip, changes))
+    });
+    let (mut reader, skip, mut changes) = begin.await.map_err(lost)??;
     let mut roster = source.roster.changes();
     let mut formatter = Formatter::new(&request.options, skip);
-    let mut reader = LogReader::new(path);
     loop {
         let over = source.is_over();
         // Until its end.
@@ -308,7 +308,8 @@ mod tests {
             restart,
             run: None,
         };
-        let chosen = |view: &ContainerView, previous| run_of("p", "c", view, previous).map_err(|r| r.message);
+        let chosen =
+            |view: &ContainerView, previous| run_of(("p", "u"), "c", view, previous).map_err(|r| r.message);
         let first = view(waiting("ContainerCreating"), false, 0);
         assert_eq!(
             chosen(&first, false),
@@ -317,8 +318,11 @@ mod tests {
         assert!(chosen(&first, true).unwrap_err().starts_with("previous terminated container"));
         assert_eq!(chosen(&view(running.clone(), false, 0), false), Ok(0));
         assert_eq!(chosen(&view(running, true, 3), true), Ok(2));
-        // In back-off the run that ended is both.
-        let waits = view(waiting("CrashLoopBackOff"), true, 3);
+        // While it waits the run that ended is both, also when the next one has its number already.
+        let mut waits = view(waiting("CrashLoopBackOff"), true, 3);
+        waits.last.as_mut().unwrap().id = container_id("u", "c", 3);
+        assert_eq!((chosen(&waits, false), chosen(&waits, true)), (Ok(3), Ok(3)));
+        waits.restart = 4;
         assert_eq!((chosen(&waits, false), chosen(&waits, true)), (Ok(3), Ok(3)));
         assert_eq!(chosen(&view(State::Terminated(end.clone()), false, 0), false), Ok(0));
     }

@@ -17,6 +17,7 @@ pub mod streams;
 pub mod tls;
 mod usage;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 
 use self::body::{Answer, text};
@@ -44,9 +46,11 @@ use crate::pod::roster::Roster;
 
 pub use self::pages::{About, Pages};
 
-/// Connections at once: some hundred followers of logs, and as many for metrics and people; beyond that a client waits. A
-/// process has 1024 descriptors by default; a follower takes two, a session four, a container one.
+/// Connections of those who are known: some hundred followers of logs, and as many for metrics and people. A process has 1024 descriptors by default; a follower takes two, a session four, a container one.
 const CONNECTIONS: usize = 300;
+
+/// Connections of which nobody is known yet: an honest one is known within milliseconds.
+const STRANGERS: usize = 64;
 
 /// Sessions of exec, attach and port-forward at once.
 const SESSIONS: usize = 80;
@@ -80,6 +84,9 @@ pub struct Server {
     refusals: Refusals,
     /// Room for sessions that outlive their requests.
     sessions: Arc<Semaphore>,
+    /// Room for the connections of those who are known.
+    places: Arc<Semaphore>,
+    strangers: Strangers,
 }
 
 impl Server {
@@ -92,7 +99,7 @@ impl Server {
         anonymous_metrics: bool,
         pages: Pages,
     ) -> Self {
-        let watch = Arc::default();
+        let watch = LogWatch::new();
         Self {
             roster,
             watch,
@@ -102,6 +109,8 @@ impl Server {
             pages,
             refusals: Refusals::default(),
             sessions: Arc::new(Semaphore::new(SESSIONS)),
+            places: Arc::new(Semaphore::new(CONNECTIONS)),
+            strangers: Strangers::default(),
         }
     }
 }
@@ -123,25 +132,51 @@ pub fn bind(port: u16) -> io::Result<std::net::TcpListener> {
 /// Answers until the pilot ends.
 pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Server>) {
     let acceptor = TlsAcceptor::from(tls);
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 // No descriptors are left, mostly: they come back when connections end.
-                tracing::warn!(%error, "a connection to the Node's API could not be taken");
+                if server.refusals.note(Instant::now()).is_some() {
+                    tracing::warn!(%error, "a connection to the Node's API could not be taken");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let (acceptor, server) = (acceptor.clone(), Arc::clone(&server));
-        tokio::spawn(async move {
-            let _permit = permit;
-            if let Err(problem) = connection(stream, from, &acceptor, server).await {
+        let guest = Arc::new(Guest::default());
+        let (acceptor, at, known) = (acceptor.clone(), Arc::clone(&server), Arc::clone(&guest));
+        let task = tokio::spawn(async move {
+            if let Err(problem) = connection(stream, from, &acceptor, at, known).await {
                 tracing::debug!(%from, problem, "a connection to the Node's API has ended");
             }
         });
+        server.strangers.enter(guest, task.abort_handle());
+    }
+}
+
+/// A connection: nobody's until its first request that is allowed.
+#[derive(Default)]
+struct Guest {
+    place: std::sync::OnceLock<OwnedSemaphorePermit>,
+}
+
+/// Connections of nobody. Any user of the host can open one and say nothing, so there are few of them, and the oldest goes
+/// first: those of whom something is known are never crowded out.
+#[derive(Default)]
+struct Strangers(Mutex<VecDeque<(Arc<Guest>, AbortHandle)>>);
+
+impl Strangers {
+    fn enter(&self, guest: Arc<Guest>, task: AbortHandle) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(guest, task)| guest.place.get().is_none() && !task.is_finished());
+        all.push_back((guest, task));
+        if all.len() > STRANGERS
+            && let Some((guest, oldest)) = all.pop_front()
+            && guest.place.get().is_none()
+        {
+            oldest.abort();
+        }
     }
 }
 
@@ -150,6 +185,7 @@ async fn connection(
     from: SocketAddr,
     acceptor: &TlsAcceptor,
     server: Arc<Server>,
+    guest: Arc<Guest>,
 ) -> Result<(), String> {
     let _ = stream.set_nodelay(true);
     let stream = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream))
@@ -159,8 +195,8 @@ async fn connection(
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain: Arc<[CertificateDer<'static>]> = chain.iter().map(|c| c.clone().into_owned()).collect();
     let service = service_fn(move |request| {
-        let (server, chain) = (Arc::clone(&server), Arc::clone(&chain));
-        async move { Ok::<_, Infallible>(server.answer(request, &chain, from).await) }
+        let (server, chain, guest) = (Arc::clone(&server), Arc::clone(&chain), Arc::clone(&guest));
+        async move { Ok::<_, Infallible>(server.answer(request, &chain, from, &guest).await) }
     });
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -178,36 +214,39 @@ impl Server {
         request: Request<Incoming>,
         chain: &[CertificateDer<'static>],
         from: SocketAddr,
+        guest: &Guest,
     ) -> Response<Answer> {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let route = route(&path);
         let name = route.as_ref().map_or("other", Route::name);
-        let mut response = match self.admit(&request, route.as_ref(), chain).await {
-            Ok(user) => match self.dispatch(request, route, user).await {
-                Ok(response) => response,
-                Err(refused) => {
-                    tracing::debug!(%from, %method, path, status = refused.status.as_u16(), "{}", refused.message);
-                    refused.response()
-                }
-            },
-            Err(refused) => {
-                if let Some(suppressed) = self.refusals.note(Instant::now()) {
-                    tracing::warn!(
-                        %from,
-                        %method,
-                        path = path.escape_debug().to_string().chars().take(200).collect::<String>(),
-                        status = refused.status.as_u16(),
-                        suppressed,
-                        "a request to the Node's API is refused: {}",
-                        refused.message
-                    );
-                }
-                let mut response = refused.response();
+        let mut who = String::new();
+        let answer = match self.admit(&request, route.as_ref(), chain, guest).await {
+            Ok(user) => {
+                who.clone_from(&user.name);
+                self.dispatch(request, route, user).await
+            }
+            Err(refused) => Err(refused),
+        };
+        let mut response = answer.unwrap_or_else(|refused| {
+            if let Some(suppressed) = self.refusals.note(Instant::now()) {
+                tracing::warn!(
+                    user = who,
+                    %from,
+                    %method,
+                    path = path.escape_debug().to_string().chars().take(200).collect::<String>(),
+                    status = refused.status.as_u16(),
+                    suppressed,
+                    "a request to the Node's API is refused: {}",
+                    refused.message
+                );
+            }
+            let mut response = refused.response();
+            if who.is_empty() {
                 // Who is nobody does not keep a connection.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                response
             }
-        };
+            response
+        });
         if method == Method::HEAD {
             *response.body_mut() = Answer::default();
         }
@@ -221,27 +260,49 @@ impl Server {
         request: &Request<Incoming>,
         route: Option<&Route>,
         chain: &[CertificateDer<'static>],
+        guest: &Guest,
     ) -> Result<User, Refused> {
         let method = request.method();
         if self.anonymous_metrics && route == Some(&Route::ResourceMetrics) && *method == Method::GET {
             return Ok(User { name: "system:anonymous".to_owned(), ..User::default() });
         }
         let user = self.authenticator.authenticate(chain, request.headers()).await.map_err(|unknown| {
-            // A kubelet that cannot ask knows nobody either.
-            if let Unknown::Unavailable(problem) = &unknown {
-                tracing::warn!(problem, "the API server cannot be asked about a token");
+            match unknown {
+                Unknown::Unauthorized => {}
+                Unknown::TooMany => {
+                    return Refused::new(StatusCode::TOO_MANY_REQUESTS, unknown.to_string());
+                }
+                // A kubelet that cannot ask knows nobody either.
+                Unknown::Unavailable(problem) => {
+                    if self.refusals.note(Instant::now()).is_some() {
+                        tracing::warn!(problem, "the API server cannot be asked about a token");
+                    }
+                }
             }
             Refused::new(StatusCode::UNAUTHORIZED, "Unauthorized")
         })?;
         let wanted = attributes(method, request.uri().path());
         match self.authorizer.may(&user, &wanted).await {
-            Ok(true) => Ok(user),
+            Ok(true) => self.seat(guest).map(|()| user),
             Ok(false) => Err(Refused::new(StatusCode::FORBIDDEN, forbidden(&user, &wanted))),
             Err(problem) => Err(Refused::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 format!("Authorization error ({}): {problem}", forbidden(&user, &wanted)),
             )),
         }
+    }
+
+    /// Gives a connection whose first request is allowed its place.
+    fn seat(&self, guest: &Guest) -> Result<(), Refused> {
+        if guest.place.get().is_some() {
+            return Ok(());
+        }
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            let message = format!("{CONNECTIONS} connections to this Node's API are open already");
+            Refused::new(StatusCode::SERVICE_UNAVAILABLE, message)
+        })?;
+        let _ = guest.place.set(place);
+        Ok(())
     }
 
     async fn dispatch(
