@@ -183,7 +183,7 @@ pub struct RunArgs {
     #[arg(long, env = "JIRIAF_CLIENT_CA_FILE", value_name = "FILE")]
     pub client_ca_file: Option<PathBuf>,
     /// Lets anybody read /metrics/resource on the Node's own API, and nothing else.
-    #[arg(long, env = "JIRIAF_ANONYMOUS_METRICS")]
+    #[arg(long, env = "JIRIAF_ANONYMOUS_METRICS", value_parser = clap::builder::BoolishValueParser::new())]
     pub anonymous_metrics: bool,
     /// Serving certificate for the Node's own API.
     #[arg(long, env = "APISERVER_CERT_LOCATION", value_name = "FILE")]

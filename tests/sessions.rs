@@ -175,8 +175,14 @@ async fn terminal_in(session: Session) {
     assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 1, exit_code: 3 });
     let (mut bytes, mut text) = ([0; 512], String::new());
     // The terminal's end is an error (EIO), after all that was written.
-    while let Ok(n) = ours.read(&mut bytes) {
-        text += &String::from_utf8_lossy(&bytes[..n]);
+    loop {
+        match ours.read(&mut bytes) {
+            Ok(n) => text += &String::from_utf8_lossy(&bytes[..n]),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            Err(_) => break,
+        }
     }
     assert!(text.contains("/dev/pts/") && text.contains("33 101") && text.contains("got hello"), "{text:?}");
     finish(supervisor).await;
@@ -197,6 +203,25 @@ async fn read_until(file: &mut File, wanted: &str) -> String {
         text += &String::from_utf8_lossy(&bytes[..n]);
     }
     text
+}
+
+#[tokio::test]
+async fn who_types_into_a_terminal_that_nobody_reads_is_not_held_up() {
+    let bed = Bed::new("typed");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Own).await;
+    let (ours, theirs) = terminal::open().unwrap();
+    supervisor.exec(1, words(&["sleep", "600"]), ExecStdio::Terminal(theirs)).await;
+    let mut ours = File::from(ours);
+    let mut written = 0;
+    let refused = loop {
+        match ours.write(&b"line\n".repeat(1000)) {
+            Ok(n) => written += n,
+            Err(error) => break error,
+        }
+        assert!(written < 100 << 20, "the terminal takes everything");
+    };
+    assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
+    finish(supervisor).await;
 }
 
 #[tokio::test]

@@ -5,8 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 /// Standard input, output and error: nobody needs more at once.
@@ -26,21 +26,24 @@ pub(super) fn send(
     Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut beside, SendFlags::NOSIGNAL)?)
 }
 
-/// Reads once, and takes the descriptors that came beside what was read. None of them is inherited by a child.
+/// Reads once, and takes the descriptors that came beside what was read: how many bytes, and whether any descriptors were
+/// sent, also where this process could take none of them. None of them is inherited by a child.
 pub(super) fn receive(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
     descriptors: &mut Vec<OwnedFd>,
-) -> io::Result<usize> {
+) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);
-    let read = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut beside, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    let read = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut beside, RecvFlags::CMSG_CLOEXEC)?;
+    let mut sent = read.flags.contains(ReturnFlags::CTRUNC);
     for message in beside.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {
             descriptors.extend(received);
+            sent = true;
         }
     }
-    Ok(read)
+    Ok((read.bytes, sent))
 }
 
 #[cfg(test)]
@@ -60,7 +63,9 @@ mod tests {
         let (mut bytes, mut got) = ([0; 64], Vec::new());
         let mut text = Vec::new();
         while text.len() < 12 {
-            let n = receive(theirs.as_fd(), &mut bytes, &mut got).unwrap();
+            let (n, sent) = receive(theirs.as_fd(), &mut bytes, &mut got).unwrap();
+            // What came before may be read with it, what comes after is not.
+            assert_eq!(sent, bytes[..n].ends_with(b"with\n"));
             text.extend_from_slice(&bytes[..n]);
         }
         assert_eq!(text, b"before\nwith\n");

@@ -57,8 +57,8 @@ fn read_settings(socket: &UnixStream, text: &mut Vec<u8>, given: &mut Vec<OwnedF
     let mut bytes = [0; 16 * 1024];
     while text.last() != Some(&b'\n') && text.len() < LINE_BYTES {
         match descriptors::receive(socket.as_fd(), &mut bytes, given) {
-            Ok(0) => break,
-            Ok(n) => text.extend_from_slice(&bytes[..n]),
+            Ok((0, _)) => break,
+            Ok((n, _)) => text.extend_from_slice(&bytes[..n]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

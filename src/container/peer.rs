@@ -17,15 +17,15 @@ const FULL: usize = 256 * 1024;
 /// A pilot that takes nothing any more is let go at this; it comes back and is greeted anew.
 const MOST: usize = 4 << 20;
 
-/// Descriptors that may wait for the order that they came with: those of a burst of them.
-const GIVEN: usize = 3 * 256;
+/// Orders with descriptors that are taken at once; more of a burst wait in the socket.
+const GIVEN: usize = 32;
 
 /// A pilot at the other end of a socket.
 pub(super) struct Peer {
     stream: UnixStream,
     incoming: Vec<u8>,
-    /// Descriptors that came along, for orders that want some.
-    given: VecDeque<OwnedFd>,
+    /// Descriptors that came along, those of one order together.
+    given: VecDeque<Vec<OwnedFd>>,
     outgoing: Vec<u8>,
     closed: bool,
 }
@@ -81,13 +81,16 @@ impl Peer {
 
     pub(super) fn receive(&mut self) {
         let mut bytes = [0; 4096];
-        let mut given = Vec::new();
-        loop {
+        // What waits for its order is taken first.
+        while self.given.len() < GIVEN {
+            let mut given = Vec::new();
             let read = descriptors::receive(self.stream.as_fd(), &mut bytes, &mut given);
-            self.given.extend(given.drain(..));
+            if let Ok((_, true)) = read {
+                self.given.push_back(given);
+            }
             match read {
-                Ok(0) => self.closed = true,
-                Ok(n) if self.incoming.len() + n <= LINE_BYTES && self.given.len() <= GIVEN => {
+                Ok((0, _)) => self.closed = true,
+                Ok((n, _)) if self.incoming.len() + n <= LINE_BYTES => {
                     self.incoming.extend_from_slice(&bytes[..n]);
                     continue;
                 }
@@ -107,8 +110,9 @@ impl Peer {
         let orders = whole.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
         orders
             .map(|order: Order| {
-                let wanted = order.descriptors().min(self.given.len());
-                (order, self.given.drain(..wanted).collect())
+                // Fewer than were sent (a process that has none left takes no more) are for that order to fail by.
+                let given = if order.takes_descriptors() { self.given.pop_front() } else { None };
+                (order, given.unwrap_or_default())
             })
             .collect()
     }

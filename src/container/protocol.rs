@@ -261,13 +261,9 @@ pub(super) enum Order {
 }
 
 impl Order {
-    /// How many descriptors come along.
-    pub(super) fn descriptors(&self) -> usize {
-        match self {
-            Self::Exec(spec) if spec.terminal => 1,
-            Self::Exec(_) | Self::Attach { .. } => 3,
-            _ => 0,
-        }
+    /// Whether descriptors come along.
+    pub(super) fn takes_descriptors(&self) -> bool {
+        matches!(self, Self::Exec(_) | Self::Attach { .. })
     }
 }
 

@@ -17,6 +17,7 @@ use super::log::{Log, Output};
 use super::output::{Outputs, Sink};
 use super::peer::set_nonblocking;
 use super::protocol::{ContainerSpec, End, Event, Launch, Session, StartError, Stdin, Stdio, line};
+use super::sessions::name_terminal;
 use super::{descriptors, process, terminal};
 
 /// What got SIGKILL and is there after this long sleeps in the kernel (state D) or is not ours to kill (setuid).
@@ -130,9 +131,13 @@ impl Running {
             oom_score_adj: spec.oom_score_adj,
         };
         let ends = Ends::make(spec.stdio)?;
+        let mut env = spec.env;
+        if ends.terminal.is_some() {
+            name_terminal(&mut env);
+        }
         let launch = Launch {
             argv: spec.argv,
-            env: spec.env,
+            env,
             working_dir: spec.working_dir,
             container_dir: Some(spec.container_dir),
             log: Some(spec.log),

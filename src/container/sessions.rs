@@ -113,6 +113,10 @@ impl Sessions {
         // Of a container that says nothing, those who have left are only noticed here.
         self.attached.retain(|client| !client.has_left());
         if self.attached.len() >= ATTACHED {
+            let words = format!("jiriaf-pilot: {ATTACHED} clients are attached to this container already\n");
+            if let Some(mut stderr) = stderr.or(stdout).filter(|file| set_nonblocking(file.as_fd()).is_ok()) {
+                let _ = stderr.write_all(words.as_bytes());
+            }
             return;
         }
         for file in [&input, &stdout, &stderr].into_iter().flatten() {
@@ -180,6 +184,10 @@ impl Sessions {
 
     /// Everybody goes: the container is over and all of its processes are dead.
     pub(super) fn end(&mut self) -> Vec<Event> {
+        for client in &mut self.attached {
+            client.give(Output::Stdout, &[]);
+            client.give(Output::Stderr, &[]);
+        }
         self.attached.clear();
         self.pending.clear();
         self.execs.drain(..).map(|exec| Event::ExecEnded { id: exec.id, exit_code: 137 }).collect()
@@ -207,8 +215,20 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         oom_score_adj: surroundings.oom_score_adj,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
     };
+    let mut launch = launch;
+    if spec.terminal {
+        name_terminal(&mut launch.env);
+    }
     let (socket, _) = launcher.launch(&launch, Some(&stdin))?;
     Ok(Exec { id: spec.id, pid, socket })
+}
+
+/// A batch job has no terminal, so its environment names none; programs such as vi and top want a name. containerd's.
+pub(super) fn name_terminal(env: &mut Vec<(String, String)>) {
+    if !env.iter().any(|(name, value)| name == "TERM" && !value.is_empty() && value != "dumb") {
+        env.retain(|(name, _)| name != "TERM");
+        env.push(("TERM".to_owned(), "xterm".to_owned()));
+    }
 }
 
 impl Attached {

@@ -23,22 +23,25 @@ const OUTPUT_BYTES: usize = 1024;
 /// What is read of an HTTP answer: as a kubelet (util/ioutils, maxRespBodyLength).
 const BODY_BYTES: usize = 10 * 1024;
 
+/// Where a pod's own server is, where a hook names no host: pods have the host's network, and the Node's address may be
+/// that of a login host.
+const HOST: &str = "127.0.0.1";
+
 /// A hook of a container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hook {
     handler: LifecycleHandler,
-    ip: String,
     ports: Vec<ContainerPort>,
 }
 
 impl Hook {
-    /// The preStop hook of the container at `index`, where it has one. `ip` is the pod's.
+    /// The preStop hook of the container at `index`, where it has one.
     #[must_use]
-    pub fn pre_stop(pod: &Pod, index: usize, ip: &str) -> Option<Self> {
+    pub fn pre_stop(pod: &Pod, index: usize) -> Option<Self> {
         let container = pod.spec.as_ref()?.containers.get(index)?;
         let handler = container.lifecycle.as_ref()?.pre_stop.clone()?;
         let ports = container.ports.clone().unwrap_or_default();
-        Some(Self { handler, ip: ip.to_owned(), ports })
+        Some(Self { handler, ports })
     }
 
     /// Runs the hook in or against a container that runs.
@@ -51,14 +54,14 @@ impl Hook {
             return run_program(&container, exec.command.unwrap_or_default()).await;
         }
         if let Some(get) = http_get {
-            return ask(&get, &self.ip, &self.ports).await;
+            return ask(&get, &self.ports).await;
         }
         if let Some(sleep) = sleep {
             tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;
             return Ok(());
         }
         if let Some(socket) = tcp_socket {
-            let host = socket.host.filter(|host| !host.is_empty()).unwrap_or(self.ip);
+            let host = socket.host.filter(|host| !host.is_empty()).unwrap_or_else(|| HOST.to_owned());
             return connect(&host, port(&socket.port, &self.ports)?).await.map(drop);
         }
         Err("it names nothing to do: exec, httpGet, tcpSocket or sleep is wanted".to_owned())
@@ -98,8 +101,8 @@ async fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
 }
 
 /// A GET that any status from 200 to 399 answers well.
-async fn ask(get: &HTTPGetAction, ip: &str, ports: &[ContainerPort]) -> Result<(), String> {
-    let host = get.host.as_deref().filter(|host| !host.is_empty()).unwrap_or(ip);
+async fn ask(get: &HTTPGetAction, ports: &[ContainerPort]) -> Result<(), String> {
+    let host = get.host.as_deref().filter(|host| !host.is_empty()).unwrap_or(HOST);
     let port = port(&get.port, ports)?;
     let stream = connect(host, port).await?;
     let request = request(get, host, port)?;
@@ -240,7 +243,7 @@ mod tests {
             stream.write_all(text.as_bytes()).await.unwrap();
             String::from_utf8_lossy(&asked[..n]).into_owned()
         };
-        tokio::join!(ask(&get, "127.0.0.1", &[]), server)
+        tokio::join!(ask(&get, &[]), server)
     }
 
     #[tokio::test]

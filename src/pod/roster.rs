@@ -51,6 +51,14 @@ pub struct ContainerView {
     pub run: Option<RunHandle>,
 }
 
+impl PodView {
+    /// What others wait for: the phase, and for each container which run of it there is.
+    fn outline(&self) -> (Option<String>, Vec<(u32, bool)>) {
+        let phase = self.pod.status.as_ref().and_then(|status| status.phase.clone());
+        (phase, self.containers.values().map(|c| (c.restart, c.run.is_some())).collect())
+    }
+}
+
 impl Roster {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<PodView>>> {
         // Nobody panics with the lock held; a panic ends the process.
@@ -59,8 +67,12 @@ impl Roster {
 
     /// Enters a pod, or what has become of it.
     pub fn put(&self, uid: &str, view: PodView) {
-        self.lock().insert(uid.to_owned(), Arc::new(view));
-        self.changes.send_modify(|n| *n = n.wrapping_add(1));
+        let new = view.outline();
+        let old = self.lock().insert(uid.to_owned(), Arc::new(view)).map(|old| old.outline());
+        // Who waits for a pod's end or a container's next run is not woken by all else.
+        if old.as_ref() != Some(&new) {
+            self.changes.send_modify(|n| *n = n.wrapping_add(1));
+        }
     }
 
     /// The pod is gone.
@@ -69,7 +81,7 @@ impl Roster {
         self.changes.send_modify(|n| *n = n.wrapping_add(1));
     }
 
-    /// Tells when some pod changes.
+    /// Tells when some pod's phase or runs change.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()

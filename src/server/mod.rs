@@ -20,7 +20,7 @@ mod usage;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::io::Errno;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
@@ -54,6 +55,9 @@ const STRANGERS: usize = 64;
 
 /// Sessions of exec, attach and port-forward at once.
 const SESSIONS: usize = 80;
+
+/// Connections that wait to be taken: std's own.
+const BACKLOG: i32 = 128;
 
 /// How long a client may take for its TLS handshake. An honest one takes milliseconds.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -120,13 +124,24 @@ impl Server {
 /// # Errors
 /// When the port is taken.
 pub fn bind(port: u16) -> io::Result<std::net::TcpListener> {
-    // Both families where the kernel has both.
-    let listener = std::net::TcpListener::bind(("::", port)).or_else(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => Err(error),
-        _ => std::net::TcpListener::bind(("0.0.0.0", port)),
+    // Both families where the kernel has both, whatever its default is (net.ipv6.bindv6only).
+    let listener = both_families(port).or_else(|error| match error {
+        Errno::ADDRINUSE | Errno::ACCESS => Err(io::Error::from(error)),
+        _ => std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
     })?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+fn both_families(port: u16) -> Result<std::net::TcpListener, Errno> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+    let socket = socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_ipv6_v6only(&socket, false)?;
+    // As std does: a port whose last connections are not forgotten yet can be taken again.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))?;
+    listen(&socket, BACKLOG)?;
+    Ok(std::net::TcpListener::from(socket))
 }
 
 /// Answers until the pilot ends.

@@ -128,7 +128,7 @@ impl Pages {
             for container in &pod.containers {
                 let path = view.as_ref().and_then(|view| {
                     let run = view.containers.get(&container.name)?.restart;
-                    Some(log_path(view.directory.as_ref()?, &container.name, run))
+                    log_path(view.directory.as_ref()?, &container.name, run).parent().map(PathBuf::from)
                 });
                 logs.push(path.unwrap_or_default());
             }

@@ -155,6 +155,20 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
         let right = Right::new("create", group, "events");
         rights.push(right.without(Verdict::Warn, "kubectl describe says less"));
     }
+    for (group, resource, without) in [
+        (
+            "authentication.k8s.io",
+            "tokenreviews",
+            "the Node's API knows nobody by a token: no metrics-server, no Prometheus",
+        ),
+        (
+            "authorization.k8s.io",
+            "subjectaccessreviews",
+            "the Node's API answers nobody: no kubectl logs, exec, top",
+        ),
+    ] {
+        rights.push(Right::new("create", group, resource).without(Verdict::Warn, without));
+    }
     let assumed = ["default".to_owned()];
     let (namespaces, lack, mend) = if namespaces.is_empty() {
         (&assumed[..], Verdict::Warn, GRANT_OR_NAME)

@@ -375,6 +375,16 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     // By the login host where tunnels lead here, and from beside it in any case.
     let mut reached_at = vec![config.hostname.clone(), ip.clone(), allocation.host.clone()];
     reached_at.dedup();
+    let api = api::prepare(api::Parts {
+        args,
+        client: client.clone(),
+        listener: ready.listener,
+        authorities: &ready.authorities,
+        node: &name,
+        addresses: reached_at,
+        timing: timing.clone(),
+        deadline: known_deadline,
+    })?;
     let facts = facts(&config, args);
     let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
     node.spawn_upkeep();
@@ -418,19 +428,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
             tunnel::follow_pods(context.api.clone(), ports, tunnels);
         }
     }
-    api::serve(api::Parts {
-        args,
-        client: client.clone(),
-        listener: ready.listener,
-        authorities: &ready.authorities,
-        context: &context,
-        allocation: &allocation,
-        node: &name,
-        site: &site,
-        addresses: reached_at,
-        timing: timing.clone(),
-        deadline: known_deadline,
-    })?;
+    api.serve(&context, &allocation, &site);
     spawn_housekeeping(&context);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),

@@ -77,6 +77,8 @@ pub fn follow(
 /// A preStop hook that runs.
 struct Running {
     end: Pin<Box<dyn Future<Output = Result<(), String>> + Send>>,
+    /// When it is waited for no longer.
+    until: Instant,
     /// When the grace is over, of which the hook is a part.
     kill_at: Instant,
 }
@@ -148,6 +150,7 @@ impl Run {
             if over {
                 // Nobody joins it any more; who waits for a program in it is told.
                 self.requests.close();
+                while self.requests.try_recv().is_ok() {}
                 self.joined = Joined::default();
                 self.hook = None;
             }
@@ -169,15 +172,20 @@ impl Run {
     /// The end was asked for: a preStop hook first, within the grace.
     async fn terminate(&mut self, grace: Duration) {
         let first = !std::mem::replace(&mut self.ordered, true);
-        let kill_at = Instant::now() + grace;
+        let now = Instant::now();
+        let kill_at = now + grace;
+        // A drain has no time to give away: what the program has after its hook is a part of the grace.
+        let draining = *self.context.draining.borrow();
+        let until = if draining { now + grace.saturating_sub(LEAST_GRACE) } else { kill_at };
         if let Some(hook) = &mut self.hook {
             hook.kill_at = hook.kill_at.min(kill_at);
+            hook.until = hook.until.min(until);
             return;
         }
         match self.of.pre_stop.take() {
-            Some(hook) if first && !grace.is_zero() => {
+            Some(hook) if first && until > now => {
                 let end = Box::pin(hook.run(self.handle.clone()));
-                self.hook = Some(Running { end, kill_at });
+                self.hook = Some(Running { end, until, kill_at });
             }
             _ => self.supervisor.terminate(grace).await,
         }
@@ -192,18 +200,17 @@ impl Run {
             self.context.events.record(&self.of.pod, name, Kind::Warning, "FailedPreStopHook", &text);
         }
         let left = hook.kill_at.saturating_duration_since(Instant::now());
-        // A drain has no time to give away.
         let least = if *self.context.draining.borrow() { Duration::ZERO } else { LEAST_GRACE };
         self.supervisor.terminate(left.max(least)).await;
     }
 }
 
-/// Waits for the hook's end, at most until the grace is over.
+/// Waits for the hook's end, as long as the grace leaves it.
 async fn hook_end(hook: &mut Option<Running>) -> Result<(), String> {
-    let Some(Running { end, kill_at }) = hook else { return std::future::pending().await };
-    match tokio::time::timeout_at(*kill_at, end).await {
+    let Some(Running { end, until, .. }) = hook else { return std::future::pending().await };
+    match tokio::time::timeout_at(*until, end).await {
         Ok(result) => result,
-        Err(_) => Err("it was not over when the grace was".to_owned()),
+        Err(_) => Err("it took longer than the grace leaves it".to_owned()),
     }
 }
 

@@ -201,7 +201,7 @@ impl Worker {
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
         let pod = self.record.pod.clone();
         let told = self.told_tx.clone();
-        let pre_stop = Hook::pre_stop(&pod, index, &self.context.identity.ip);
+        let pre_stop = Hook::pre_stop(&pod, index);
         let of = run::Of { index, restart, pod, container: name, pre_stop };
         let (orders, handle) = run::follow(Arc::clone(&self.context), supervisor, of, spec, told);
         let container = &mut self.containers[index];

@@ -1,15 +1,16 @@
 //! The Node's own HTTPS API, put together.
 
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use tokio::sync::watch;
 
 use super::SetupError;
-use crate::allocation::Allocation;
+use crate::allocation::{Allocation, Deadline};
 use crate::certificates;
 use crate::cli::RunArgs;
 use crate::cluster::Kube;
@@ -98,56 +99,78 @@ fn knows_websockets(major: &str, minor: &str) -> bool {
     }
 }
 
-/// What the API is made of.
+/// What is known before the Node is registered.
 pub(super) struct Parts<'a> {
     pub args: &'a RunArgs,
     pub client: kube::Client,
     pub listener: TcpListener,
     pub authorities: &'a [CertificateDer<'static>],
-    pub context: &'a Context,
-    pub allocation: &'a Allocation,
     pub node: &'a str,
-    pub site: &'a str,
     /// The names and addresses by which the Node is reached.
     pub addresses: Vec<String>,
-    pub timing: tokio::sync::watch::Receiver<Option<Timing>>,
-    pub deadline: tokio::sync::watch::Receiver<Option<crate::allocation::Deadline>>,
+    pub timing: watch::Receiver<Option<Timing>>,
+    pub deadline: watch::Receiver<Option<Deadline>>,
 }
 
-/// Begins to answer.
+/// An API of which nothing can fail any more.
+pub(super) struct Prepared {
+    listener: tokio::net::TcpListener,
+    tls: Arc<rustls::ServerConfig>,
+    authenticator: Authenticator,
+    authorizer: Authorizer,
+    anonymous_metrics: bool,
+    node: String,
+    timing: watch::Receiver<Option<Timing>>,
+    deadline: watch::Receiver<Option<Deadline>>,
+}
+
+/// Puts together what can be wrong.
 ///
 /// # Errors
 /// When a certificate that was given is no good.
-pub(super) fn serve(parts: Parts<'_>) -> Result<(), SetupError> {
-    let Parts { args, client, listener, context, allocation, .. } = parts;
+pub(super) fn prepare(parts: Parts<'_>) -> Result<Prepared, SetupError> {
+    let Parts { args, client, listener, authorities, node, addresses, timing, deadline } = parts;
     let host = |error: String| SetupError::Host(format!("the Node's own API: {error}"));
     let given = args.tls_cert_file.as_deref().zip(args.tls_private_key_file.as_deref());
-    let known = parts.timing.clone();
+    let known = timing.clone();
     let end = move || known.borrow().as_ref().map(|t| t.deadline);
-    let addresses = certificates::serving::addresses(parts.addresses.iter().map(String::as_str));
-    let serving = certificates::serving::start(client.clone(), parts.node, addresses, given, end)?;
-    let tls = server::tls::config(serving).map_err(|error| host(error.to_string()))?;
-    let authenticator = Authenticator::new(parts.authorities, client.clone()).map_err(host)?;
-    let authorizer = Authorizer::new(client, parts.node.to_owned());
-    let about = About {
-        node: parts.node.to_owned(),
-        site: parts.site.to_owned(),
-        batch: allocation.batch.label().to_owned(),
-        job: allocation.job_id.as_ref().map(|job| job.value.clone()),
-        host: allocation.host.clone(),
-        pods: PathBuf::from(&context.places.pods),
-        memory: allocation.memory.value,
-        cpus: allocation.cpus.value.len(),
-        started_at: SystemTime::now(),
-        timing: parts.timing,
-        deadline: parts.deadline,
-    };
-    let pages = Pages::new(about, context.metrics.clone());
-    let server =
-        Server::new(Arc::clone(&context.roster), authenticator, authorizer, args.anonymous_metrics, pages);
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(|error| host(error.to_string()))?;
-    tokio::spawn(server::serve(listener, tls, Arc::new(server)));
-    Ok(())
+    let addresses = certificates::serving::addresses(addresses.iter().map(String::as_str));
+    let serving = certificates::serving::start(client.clone(), node, addresses, given, end)?;
+    Ok(Prepared {
+        listener: tokio::net::TcpListener::from_std(listener).map_err(|error| host(error.to_string()))?,
+        tls: server::tls::config(serving).map_err(|error| host(error.to_string()))?,
+        authenticator: Authenticator::new(authorities, client.clone()).map_err(|problem| {
+            host(format!("the certificates by which clients are known (--client-ca-file, else the kubeconfig's): {problem}"))
+        })?,
+        authorizer: Authorizer::new(client, node.to_owned()),
+        anonymous_metrics: args.anonymous_metrics,
+        node: node.to_owned(),
+        timing,
+        deadline,
+    })
+}
+
+impl Prepared {
+    /// Begins to answer.
+    pub(super) fn serve(self, context: &Context, allocation: &Allocation, site: &str) {
+        let about = About {
+            node: self.node,
+            site: site.to_owned(),
+            batch: allocation.batch.label().to_owned(),
+            job: allocation.job_id.as_ref().map(|job| job.value.clone()),
+            host: allocation.host.clone(),
+            pods: context.places.pods.clone(),
+            memory: allocation.memory.value,
+            cpus: allocation.cpus.value.len(),
+            started_at: SystemTime::now(),
+            timing: self.timing,
+            deadline: self.deadline,
+        };
+        let pages = Pages::new(about, context.metrics.clone());
+        let roster = Arc::clone(&context.roster);
+        let server = Server::new(roster, self.authenticator, self.authorizer, self.anonymous_metrics, pages);
+        tokio::spawn(server::serve(self.listener, self.tls, Arc::new(server)));
+    }
 }
 
 #[cfg(test)]
