@@ -1,6 +1,8 @@
 //! `/portForward`: connections to what listens on this host for a pod. Pods have the host's network, so a port is the
 //! host's, by its loopback address. Source: cri-streaming `portforward`, kubelet's `server.go`.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -56,7 +58,7 @@ pub fn port_forward(
 
 async fn forward(stream: ForwardedStream) {
     let ForwardedStream { port, mut data, error } = stream;
-    let mut server = match TcpStream::connect(("127.0.0.1", port)).await {
+    let mut server = match connect(port).await {
         Ok(server) => server,
         Err(problem) => {
             let _ = error.fail(&format!("port {port} of this pod's host: {problem}")).await;
@@ -66,9 +68,23 @@ async fn forward(stream: ForwardedStream) {
     let _ = server.set_nodelay(true);
     let copied =
         tokio::io::copy_bidirectional_with_sizes(&mut data, &mut server, COPY_BYTES, COPY_BYTES).await;
-    let _ = data.shutdown().await;
     match copied {
-        Ok(_) => drop(error.finish().await),
-        Err(problem) => drop(error.fail(&format!("port {port} of this pod's host: {problem}")).await),
+        Ok(_) => {
+            let _ = data.shutdown().await;
+            let _ = error.finish().await;
+        }
+        Err(problem) => {
+            tracing::debug!(port, %problem, "a forwarded connection was broken off");
+            let _ = error.break_off().await;
+        }
+    }
+}
+
+/// To a server that listens by IPv4, or by IPv6 alone: containerd tries them in this order.
+async fn connect(port: u16) -> std::io::Result<TcpStream> {
+    match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
+        Ok(server) => Ok(server),
+        // What IPv4 said is told: there may be no IPv6 at all.
+        Err(problem) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.map_err(|_| problem),
     }
 }
