@@ -15,6 +15,9 @@ const READ_BYTES: usize = 64 * 1024;
 /// Rotated files that are looked for: ten times kubelet's default of containerLogMaxFiles.
 const FILES_MOST: u32 = 50;
 
+/// A file moves at most once while it is opened, unless its writer does nothing but rotate.
+const TRIES: usize = 8;
+
 /// Which part of a log is wanted, and how: `kubectl logs`' own words (core/v1 PodLogOptions).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogOptions {
@@ -155,14 +158,8 @@ impl LogReader {
     pub fn at_tail(path: PathBuf, tail: u64) -> io::Result<(Self, u64)> {
         let mut reader = Self::new(path);
         let (mut wanted, mut skip) = (tail, 0);
-        for n in 0..FILES_MOST {
-            let Some(mut file) = open(&reader.numbered(n))? else {
-                // The current one is made with the next line after a rotation.
-                if n == 0 {
-                    continue;
-                }
-                break;
-            };
+        for (_, inode) in reader.inodes()? {
+            let Some(mut file) = reader.open_inode(inode)? else { break };
             let mut lines = 0;
             while let Some(bytes) = file.read()? {
                 lines += count_lines(&bytes);
@@ -218,35 +215,54 @@ impl LogReader {
         }
     }
 
-    fn oldest(&self) -> io::Result<Option<Current>> {
-        let mut last = None;
+    /// The inodes of the files, by number, from the newest on. A name may be missing in the middle of a rotation, and after it
+    /// the newest, which is made with the next line; two in a row are the end.
+    fn inodes(&self) -> io::Result<Vec<(u32, u64)>> {
+        let (mut found, mut missing) = (Vec::new(), 0);
         for n in 0..FILES_MOST {
             match self.inode(n)? {
-                Some(_) => last = Some(n),
-                None if n > 0 => break,
-                None => {}
+                Some(inode) => {
+                    // In a rotation files move to higher numbers: one may be seen twice, none is passed over.
+                    found.retain(|(_, seen)| *seen != inode);
+                    found.push((n, inode));
+                    missing = 0;
+                }
+                None => missing += 1,
+            }
+            if missing > 1 {
+                break;
             }
         }
-        last.map_or(Ok(None), |n| open(&self.numbered(n)))
+        Ok(found)
+    }
+
+    /// Opens a file that is known by its inode, whatever number it has by now.
+    fn open_inode(&self, wanted: u64) -> io::Result<Option<Current>> {
+        for _ in 0..TRIES {
+            let Some((n, _)) = self.inodes()?.into_iter().find(|(_, inode)| *inode == wanted) else {
+                return Ok(None);
+            };
+            if let Some(file) = open(&self.numbered(n))?.filter(|file| file.inode == wanted) {
+                return Ok(Some(file));
+            }
+        }
+        Ok(None)
+    }
+
+    fn oldest(&self) -> io::Result<Option<Current>> {
+        self.inodes()?.last().map_or(Ok(None), |(_, inode)| self.open_inode(*inode))
     }
 
     /// The file that follows the one that is read; none when that is the current one.
     fn newer(&self) -> io::Result<Option<Current>> {
         let Some(own) = self.current.as_ref().map(|current| current.inode) else { return Ok(None) };
-        for n in 0..FILES_MOST {
-            let found = self.inode(n)?;
-            if found == Some(own) {
-                let Some(newer) = n.checked_sub(1) else { return Ok(None) };
-                let next = open(&self.numbered(newer))?;
-                // A rotation in between has moved both: the next look finds where they are.
-                return Ok(next.filter(|_| self.inode(n).is_ok_and(|now| now == Some(own))));
-            }
-            if found.is_none() && n > 0 {
-                break;
-            }
+        let all = self.inodes()?;
+        match all.iter().position(|(_, inode)| *inode == own) {
+            Some(0) => Ok(None),
+            Some(place) => self.open_inode(all[place - 1].1),
+            // Ours has been removed: what follows is the oldest that is left.
+            None => self.oldest(),
         }
-        // Ours has been removed: what follows is the oldest that is left.
-        self.oldest()
     }
 }
 
@@ -393,6 +409,34 @@ mod tests {
         assert_eq!(tail(2), "line 748\nline 749\n");
         assert_eq!(tail(200), (550..750).map(|n| format!("line {n}\n")).collect::<String>());
         assert_eq!((tail(0), tail(9999)), (String::new(), wanted));
+    }
+
+    #[test]
+    fn a_reader_beside_a_writer_that_rotates_all_the_time_gets_each_line_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for run in 0..20 {
+            let path = dir.path().join(format!("{run}.log"));
+            // No file is removed, and each holds some twenty lines.
+            let mut log = Log::new(path.clone(), LogLimits { bytes: 1000, files: FILES_MOST });
+            let writer = std::thread::spawn(move || {
+                write(&mut log, 0, 900);
+                log.finish(Duration::from_secs(10))
+            });
+            let (mut reader, mut shown) = (LogReader::new(path), Vec::new());
+            let mut formatter = Formatter::new(&LogOptions::default(), 0);
+            loop {
+                let over = writer.is_finished();
+                while let Some(bytes) = reader.read().unwrap() {
+                    formatter.take(&bytes, &mut shown);
+                }
+                if over {
+                    break;
+                }
+            }
+            assert_eq!(writer.join().unwrap().lost, 0);
+            let wanted: String = (0..900).map(|n| format!("line {n}\n")).collect();
+            assert!(String::from_utf8(shown).unwrap() == wanted, "run {run}");
+        }
     }
 
     #[test]

@@ -80,18 +80,23 @@ async fn forward(stream: ForwardedStream) {
     let _ = server.set_nodelay(true);
     let copied =
         tokio::io::copy_bidirectional_with_sizes(&mut data, &mut server, COPY_BYTES, COPY_BYTES).await;
-    let _ = data.shutdown().await;
-    if let Err(problem) = copied {
-        tracing::debug!(port, %problem, "a forwarded connection has broken");
+    match copied {
+        Ok(_) => {
+            let _ = data.shutdown().await;
+            let _ = error.finish().await;
+        }
+        Err(problem) => {
+            tracing::debug!(port, %problem, "a forwarded connection was broken off");
+            let _ = error.break_off().await;
+        }
     }
-    // Not told to the client: kubectl ends all of its forwards at the first word of an error.
-    let _ = error.finish().await;
 }
 
-/// Some servers listen on one family's loopback alone.
+/// To a server that listens by IPv4, or by IPv6 alone: containerd tries them in this order.
 async fn connect(port: u16) -> std::io::Result<TcpStream> {
     match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
         Ok(server) => Ok(server),
-        Err(error) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.map_err(|_| error),
+        // What IPv4 said is told: there may be no IPv6 at all.
+        Err(problem) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.map_err(|_| problem),
     }
 }

@@ -143,6 +143,14 @@ impl ErrorSender {
         self.flush().await
     }
 
+    /// Breaks the connection off without a word: at the first one kubectl would end all of its connections, and it
+    /// resets a stream itself as soon as the server has closed its side (client-go portforward.go handleConnection).
+    pub async fn break_off(mut self) -> Result<(), Error> {
+        self.writer.send_last(&[]);
+        self.link.reset(self.data);
+        self.flush().await
+    }
+
     /// Says that nothing went wrong, once everything was written.
     pub async fn finish(mut self) -> Result<(), Error> {
         self.writer.send_last(&[]);

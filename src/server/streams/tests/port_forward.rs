@@ -135,6 +135,16 @@ async fn who_breaks_off_is_not_told_that_it_failed() {
 }
 
 #[tokio::test]
+async fn a_connection_is_broken_off_without_a_word() {
+    let (mut client, mut forwarding) = spdy(QUICK).await;
+    let (error, data) = open(&mut client, "0", "80").await;
+    let stream = timeout(SOON, forwarding.streams.recv()).await.unwrap().unwrap();
+    stream.error.break_off().await.unwrap();
+    client.until(|seen| seen.stream(error).fin && seen.stream(data).reset.is_some()).await;
+    assert_eq!(client.look(|seen| seen.stream(error).data), b"");
+}
+
+#[tokio::test]
 async fn streams_that_say_too_little_are_refused() {
     let (mut client, _forwarding) = spdy(QUICK).await;
     for headers in [
