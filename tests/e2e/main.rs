@@ -5,6 +5,7 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod access;
 mod admission;
 mod bad_input;
 mod certificates;

@@ -4,6 +4,7 @@
 
 pub mod api;
 mod host;
+pub mod https;
 mod namespace;
 mod pbs;
 mod pilot;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub use host::{Output, Tmpfs, as_user, marked, run, shared_directory};
+pub use https::Https;
 pub use namespace::{Namespace, container, job, pod_spec};
 pub use pbs::PbsJob;
 pub use pilot::{JobState, Options, Pilot, condition, slurm};
