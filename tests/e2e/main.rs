@@ -15,6 +15,7 @@ mod ending;
 mod environment;
 mod full_disk;
 mod identity;
+mod metrics;
 mod pbs;
 mod privacy;
 mod restarts;

@@ -55,6 +55,11 @@ impl Https {
         Self::to(bed().api_server().parse().unwrap(), None).as_admin()
     }
 
+    /// A server that stands behind the API server, as cluster-admin.
+    pub fn api_server_at(address: SocketAddr) -> Self {
+        Self::to(address, None).as_admin()
+    }
+
     fn to(address: SocketAddr, identity: Option<(&str, &str)>) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
@@ -153,6 +158,11 @@ impl Https {
     #[track_caller]
     pub fn get(&self, path: &str) -> Answer {
         self.ask("GET", path)
+    }
+
+    /// GET of who may not listen yet.
+    pub fn try_get(&self, path: &str) -> std::io::Result<Answer> {
+        self.try_raw(self.head("GET", path).as_bytes())
     }
 
     /// Sends bytes, and reads the answer to its end.
