@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
-use hyper::body::{Body, Frame};
+use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
 /// Pieces that wait for a client that is slow; whoever makes them waits then.
@@ -56,6 +56,18 @@ impl Body for Answer {
             }
         }
     }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Whole(None))
+    }
+
+    // What is known is said as Content-Length: a client then sees an answer that was cut off.
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Pieces(_) => SizeHint::default(),
+        }
+    }
 }
 
 /// A text for people, with a status.
@@ -73,4 +85,17 @@ pub fn typed(status: StatusCode, kind: &'static str, text: String) -> Response<A
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_length_of_a_whole_answer_is_known_and_that_of_pieces_is_not() {
+        assert_eq!(text(StatusCode::OK, "ok").body().size_hint().exact(), Some(2));
+        assert_eq!(Answer::default().size_hint().exact(), Some(0));
+        assert!(Answer::default().is_end_stream());
+        assert_eq!(Answer::pieces().1.size_hint().exact(), None);
+    }
 }

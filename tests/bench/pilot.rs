@@ -3,7 +3,7 @@
 //!
 //! Moments are readings of the one wall clock of this host: bash's `$EPOCHREALTIME` in the scripts, and
 //! `SystemTime` where an event of the watch arrives. What each figure counts from and to stands beside it in
-//! [`series`], [`weight`] and [`endings`]; [`floors`] measures what the API server and the kernel alone take.
+//! [`series`], [`weight`], [`node_api`] and [`endings`]; [`floors`] measures what the API server and the kernel alone take.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // what cannot be measured ends the program
 
 #[allow(dead_code, unused_imports)] // it serves the end-to-end tests first
@@ -13,6 +13,7 @@ mod harness;
 mod audit;
 mod endings;
 mod floors;
+mod node_api;
 mod report;
 mod series;
 mod statistics;
@@ -34,6 +35,8 @@ struct Size {
     idle: u64,
     /// Pilots that are ended.
     endings: usize,
+    /// Whether the Node's own API alone is measured.
+    node_api: bool,
 }
 
 /// Pods at once, and containers whose weight is taken.
@@ -45,6 +48,11 @@ const WALLTIME: u32 = 7200;
 fn main() {
     let size = size(std::env::args().skip(1));
     let mut report = Report::new(&harness::bed().binary());
+    if size.node_api {
+        node_api(&mut report, size.samples);
+        report.push(Figure::size("static binary", report.binary_bytes, 10.0));
+        return report.print();
+    }
     let watcher = Watcher::start();
     let floors = floors::measure(&watcher, size.samples);
     floors.tell(&mut report);
@@ -70,21 +78,30 @@ fn main() {
     drop(pilot);
     drop(namespace);
 
+    node_api(&mut report, size.samples);
     endings::measure(&mut report, &watcher, size.endings);
     report.push(Figure::size("static binary", report.binary_bytes, 10.0));
     report.print();
 }
 
+/// With a pilot of its own: what the pods before did to its memory and files is no part of it.
+fn node_api(report: &mut Report, samples: usize) {
+    let namespace = Namespace::new("node-api");
+    let pilot = Pilot::local(Options::new("node-api"), WALLTIME);
+    node_api::measure(report, &namespace, &pilot, samples);
+}
+
 fn size(arguments: impl Iterator<Item = String>) -> Size {
-    let mut size = Size { samples: 200, rounds: 4, idle: 60, endings: 20 };
+    let mut size = Size { samples: 200, rounds: 4, idle: 60, endings: 20, node_api: false };
     for argument in arguments {
         let number = |text: &str| text.parse().unwrap_or_else(|_| usage(&argument));
         match argument.split_once('=').unwrap_or((&argument, "")) {
-            ("--quick", "") => size = Size { samples: 10, rounds: 1, idle: 10, endings: 4 },
+            ("--quick", "") => size = Size { samples: 10, rounds: 1, idle: 10, endings: 4, ..size },
             ("--samples", n) => size.samples = number(n),
             ("--rounds", n) => size.rounds = number(n),
             ("--idle", n) => size.idle = number(n) as u64,
             ("--endings", n) => size.endings = number(n),
+            ("--node-api", "") => size.node_api = true,
             // cargo gives it to every bench target.
             ("--bench", "") => {}
             _ => usage(&argument),
@@ -95,7 +112,7 @@ fn size(arguments: impl Iterator<Item = String>) -> Size {
 
 fn usage(argument: &str) -> ! {
     eprintln!(
-        "{argument}: not known; tests/bench/run [--quick] [--samples=N] [--rounds=N] [--idle=SECONDS] [--endings=N]"
+        "{argument}: not known; tests/bench/run [--quick] [--samples=N] [--rounds=N] [--idle=SECONDS] [--endings=N] [--node-api]"
     );
     std::process::exit(2);
 }

@@ -16,6 +16,8 @@ pub struct Figure {
     floor: Option<f64>,
     goal: Option<f64>,
     goal_p99: Option<f64>,
+    /// Whether more is better.
+    at_least: bool,
 }
 
 impl Figure {
@@ -44,6 +46,7 @@ impl Figure {
             floor: None,
             goal: None,
             goal_p99: None,
+            at_least: false,
         }
     }
 
@@ -63,6 +66,11 @@ impl Figure {
         self.goal(goal, None)
     }
 
+    /// What it should be at least.
+    pub fn at_least(self, goal: f64) -> Self {
+        Self { at_least: true, ..self.goal(goal, None) }
+    }
+
     /// What the median, and the 99th percentile, should be at most.
     pub fn goal(mut self, p50: f64, p99: Option<f64>) -> Self {
         (self.goal, self.goal_p99) = (Some(p50), p99);
@@ -72,7 +80,8 @@ impl Figure {
     /// Whether each goal is reached; None without a goal.
     fn reached(&self) -> Option<bool> {
         let p99 = self.goal_p99.zip(self.p99).is_none_or(|(goal, value)| value <= goal);
-        self.goal.map(|goal| self.p50 <= goal && p99)
+        let p50 = |goal: f64| if self.at_least { self.p50 >= goal } else { self.p50 <= goal };
+        self.goal.map(|goal| p50(goal) && p99)
     }
 
     fn row(&self) -> String {
@@ -83,6 +92,7 @@ impl Figure {
         };
         let ratio = self.floor.filter(|floor| *floor > 0.0);
         let ratio = ratio.map_or_else(|| "–".to_owned(), |floor| format!("{:.1} ×", self.p50 / floor));
+        let goal = both(self.goal, self.goal_p99);
         let verdict = match self.reached() {
             Some(true) => "reached",
             Some(false) => "missed",
@@ -94,13 +104,13 @@ impl Figure {
             self.unit,
             both(Some(self.p50), self.p99),
             both(self.floor, None),
-            both(self.goal, self.goal_p99),
+            if self.at_least { format!("≥ {goal}") } else { goal },
         )
     }
 
     fn json(&self) -> Value {
         json!({"name": self.name, "unit": self.unit, "samples": self.samples, "p50": self.p50, "p99": self.p99,
-            "floor": self.floor, "goal": self.goal, "goalP99": self.goal_p99, "reached": self.reached()})
+            "floor": self.floor, "goal": self.goal, "goalP99": self.goal_p99, "atLeast": self.at_least, "reached": self.reached()})
     }
 }
 

@@ -21,6 +21,11 @@ impl Samples {
         self.0.push(took.as_secs_f64() * 1e3);
     }
 
+    /// One more that is no time.
+    pub fn number(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -65,7 +65,7 @@ fn the_allocations_end_runs_pre_stop_hooks_and_waits_for_none_beyond_its_time() 
     let mut pilot = Pilot::local(Options::new("hookdrain").env("JIRIAF_KILL_WAIT", "8"), 600);
     let order = pilot.pod_directory("quick").join("containers/c1/order");
     hooked(&namespace, &pilot, "quick", &json!({"exec": {"command": ["sh", "-c", "echo hook >>order"]}}));
-    hooked(&namespace, &pilot, "slow", &json!({"sleep": {"seconds": 300}}));
+    hooked(&namespace, &pilot, "slow", &json!({"sleep": {"seconds": 29}}));
     let begin = std::time::Instant::now();
     pilot.signal(Signal::SIGTERM);
     let code = pilot.wait_exit(seconds(30));

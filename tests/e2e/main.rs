@@ -5,6 +5,7 @@
 #[allow(dead_code, unused_imports)] // it serves tests that come and go
 mod harness;
 
+mod access;
 mod admission;
 mod bad_input;
 mod certificates;
@@ -18,6 +19,7 @@ mod full_disk;
 mod hooks;
 mod identity;
 mod logs;
+mod metrics;
 mod pbs;
 mod privacy;
 mod restarts;
