@@ -14,6 +14,9 @@ const READ_BYTES: usize = 256 * 1024;
 /// Rotated files that are looked for: ten times kubelet's default of containerLogMaxFiles.
 const FILES_MOST: u32 = 50;
 
+/// How often a file that follows is looked for when rotations come between: each takes as long as it takes to write a file.
+const TRIES: usize = 16;
+
 /// Which part of a log is wanted, and how: `kubectl logs`' own words (core/v1 PodLogOptions).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LogOptions {
@@ -152,19 +155,16 @@ impl LogReader {
     pub fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
         // Once around each file at the most: rotation cannot keep it from an end.
         for _ in 0..=FILES_MOST {
-            if self.file.is_none() && !self.open(self.oldest())? {
-                return Ok(None);
-            }
             if let Some(bytes) = self.read_here()? {
                 return Ok(Some(bytes));
             }
             // The end of this file: a newer one follows when it was moved away.
-            let Some(next) = self.newer()? else { return Ok(None) };
+            let Some((file, inode)) = self.open_next()? else { return Ok(None) };
             // What was written between the last read and the rotation comes first.
             if let Some(bytes) = self.read_here()? {
                 return Ok(Some(bytes));
             }
-            self.open(Some(next))?;
+            (self.file, self.inode, self.offset) = (Some(file), inode, 0);
         }
         Ok(None)
     }
@@ -182,46 +182,47 @@ impl LogReader {
         Ok((!bytes.is_empty()).then_some(bytes))
     }
 
-    fn open(&mut self, path: Option<PathBuf>) -> io::Result<bool> {
-        let Some(path) = path else { return Ok(false) };
-        match File::open(path) {
-            Ok(file) => {
-                self.inode = file.metadata()?.ino();
-                self.file = Some(file);
-                self.offset = 0;
-                Ok(true)
+    /// The file that follows, with its inode; none when there is none yet.
+    fn open_next(&self) -> io::Result<Option<(File, u64)>> {
+        for _ in 0..TRIES {
+            let Some((path, _)) = self.next()? else { return Ok(None) };
+            let file = match File::open(path) {
+                Ok(file) => file,
+                // It has just been moved.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let inode = file.metadata()?.ino();
+            // Another one has its name when a rotation came between.
+            if self.next()?.is_some_and(|(_, next)| next == inode) {
+                return Ok(Some((file, inode)));
             }
-            // It has just been moved; the next look finds it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
         }
+        Ok(None)
+    }
+
+    /// Where the file that follows the one that is read is now, and its inode: the oldest at the beginning, and when ours
+    /// has been removed. Files are looked for from the newest on, and move the same way in a rotation, the oldest first: so
+    /// none is passed over.
+    fn next(&self) -> io::Result<Option<(PathBuf, u64)>> {
+        let mut newer = None;
+        let mut missing = 0;
+        for n in 0..FILES_MOST {
+            let path = self.numbered(n);
+            match std::fs::metadata(&path) {
+                Ok(found) if self.file.is_some() && found.ino() == self.inode => return Ok(newer),
+                Ok(found) => (newer, missing) = (Some((path, found.ino())), 0),
+                // One is missing during a rotation, and after it the newest, which is made with the next line.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && missing < 2 => missing += 1,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(newer)
     }
 
     fn numbered(&self, n: u32) -> PathBuf {
         if n == 0 { self.path.clone() } else { PathBuf::from(format!("{}.{n}", self.path.display())) }
-    }
-
-    fn oldest(&self) -> Option<PathBuf> {
-        let last = (0..FILES_MOST).take_while(|n| *n == 0 || self.numbered(*n).exists()).last()?;
-        Some(self.numbered(last)).filter(|path| path.exists())
-    }
-
-    /// The file that follows the one that is read; none when that is the current one.
-    fn newer(&self) -> io::Result<Option<PathBuf>> {
-        for n in 0..FILES_MOST {
-            match std::fs::metadata(self.numbered(n)) {
-                Ok(found) if found.ino() == self.inode => {
-                    return Ok(n.checked_sub(1).map(|newer| self.numbered(newer)));
-                }
-                // The current one is made with the next line after a rotation.
-                Err(error) if n == 0 && error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                Ok(_) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        // Ours has been removed: what follows is the oldest that is left.
-        Ok(self.oldest())
     }
 }
 
@@ -323,6 +324,34 @@ mod tests {
         assert!(dir.path().join("0.log.3").exists());
         // A new reader begins with the oldest.
         assert_eq!(count_lines(&path).unwrap(), 750);
+    }
+
+    #[test]
+    fn a_reader_beside_a_writer_that_rotates_all_the_time_gets_each_line_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for run in 0..20 {
+            let path = dir.path().join(format!("{run}.log"));
+            // No file is removed, and each holds some twenty lines.
+            let mut log = Log::new(path.clone(), LogLimits { bytes: 1000, files: FILES_MOST });
+            let writer = std::thread::spawn(move || {
+                write(&mut log, 0, 900);
+                log.finish(Duration::from_secs(10))
+            });
+            let (mut reader, mut shown) = (LogReader::new(path), Vec::new());
+            let mut formatter = Formatter::new(&LogOptions::default(), 0);
+            loop {
+                let over = writer.is_finished();
+                while let Some(bytes) = reader.read().unwrap() {
+                    formatter.take(&bytes, &mut shown);
+                }
+                if over {
+                    break;
+                }
+            }
+            assert_eq!(writer.join().unwrap().lost, 0);
+            let wanted: String = (0..900).map(|n| format!("line {n}\n")).collect();
+            assert!(String::from_utf8(shown).unwrap() == wanted, "run {run}");
+        }
     }
 
     #[test]
