@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 use super::body::{Answer, text};
 use super::find::Refused;
@@ -151,8 +152,10 @@ async fn in_pipes(run: &RunHandle, command: Vec<String>, client: Client) -> Resu
     let stdio = ExecStdio::Pipes([their_input, their_output, their_errors]);
     let mut exec = run.exec(command, stdio).await.map_err(|error| error.to_string())?;
     let feeding = feed(stdin, input);
-    let mut showing = Box::pin(async { tokio::join!(show(output, stdout), show(errors, stderr)) });
-    tokio::pin!(feeding);
+    let (over, is_over) = watch::channel(false);
+    let showing =
+        async { tokio::join!(show(output, stdout, is_over.clone()), show(errors, stderr, is_over)) };
+    tokio::pin!(feeding, showing);
     let (mut fed, mut shown) = (false, false);
     let end = loop {
         tokio::select! {
@@ -162,19 +165,14 @@ async fn in_pipes(run: &RunHandle, command: Vec<String>, client: Client) -> Resu
             _ = closed.wait() => return hang_up(exec).await,
         }
     };
-    // What it wrote is in the pipes; what it left behind may hold them open.
+    over.send_replace(true);
     if !shown {
         tokio::select! {
-            _ = tokio::time::timeout(REST_LIMIT, quiet(&mut showing)) => {}
+            _ = &mut showing => {}
             _ = closed.wait() => {}
         }
     }
     ended(end)
-}
-
-/// Waits for the end of both outputs.
-async fn quiet(showing: &mut (impl Future + Unpin)) {
-    showing.await;
 }
 
 async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> Result<Status, String> {
@@ -190,9 +188,10 @@ async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> R
         pipe::Receiver::from_owned_fd_unchecked(ours.try_clone().map_err(failed)?).map_err(failed)?;
     let input = pipe::Sender::from_owned_fd_unchecked(ours).map_err(failed)?;
     let mut exec = run.exec(command, ExecStdio::Terminal(theirs)).await.map_err(|error| error.to_string())?;
-    let mut showing = Box::pin(show(output, stdout));
+    let (over, is_over) = watch::channel(false);
+    let showing = show(output, stdout, is_over);
     let feeding = feed(stdin, stdin_of(input));
-    tokio::pin!(feeding);
+    tokio::pin!(feeding, showing);
     let (mut fed, mut shown, mut sizes) = (false, false, true);
     let end = loop {
         tokio::select! {
@@ -206,8 +205,12 @@ async fn in_terminal(run: &RunHandle, command: Vec<String>, client: Client) -> R
             _ = closed.wait() => return hang_up(exec).await,
         }
     };
+    over.send_replace(true);
     if !shown {
-        let _ = tokio::time::timeout(REST_LIMIT, showing).await;
+        tokio::select! {
+            () = &mut showing => {}
+            _ = closed.wait() => {}
+        }
     }
     ended(end)
 }
@@ -253,7 +256,10 @@ async fn attached(
     run.attach(takes_input, [their_input, their_output, their_errors])
         .await
         .map_err(|error| error.to_string())?;
-    let showing = async { tokio::join!(show(output, stdout), show(errors, stderr)) };
+    // The supervisor closes them at the container's end.
+    let (_over, is_over) = watch::channel(false);
+    let showing =
+        async { tokio::join!(show(output, stdout, is_over.clone()), show(errors, stderr, is_over)) };
     let feeding = feed(stdin, input);
     tokio::pin!(showing, feeding);
     let mut fed = false;
@@ -290,21 +296,66 @@ async fn feed(stdin: Option<StreamReader>, input: Option<pipe::Sender>) {
     }
 }
 
-/// What a program writes, until it ends. Where nobody wants it, it is thrown away, so that the program goes on.
-async fn show(mut output: pipe::Receiver, mut client: Output) {
+/// What a program writes, until its outputs are closed or it is over. Where nobody wants it, it is thrown away, so that the
+/// program goes on.
+///
+/// When it is over, what it wrote is in the pipe, and the client may take its time for that; what it left behind may hold the
+/// pipe open, and even write to it, and is not waited for.
+async fn show(mut output: pipe::Receiver, mut client: Output, mut over: watch::Receiver<bool>) {
     let mut bytes = vec![0; READ_BYTES];
-    // A terminal's end is an error (EIO).
-    while let Ok(n) = output.read(&mut bytes).await {
-        if n == 0 {
-            break;
-        }
+    let mut rest = PIPE_BYTES;
+    while rest > 0 {
+        let is_over = *over.borrow();
+        let read = tokio::select! {
+            read = output.read(&mut bytes) => read,
+            Ok(_) = over.wait_for(|over| *over), if !is_over => continue,
+            () = tokio::time::sleep(REST_LIMIT), if is_over => break,
+        };
+        // A terminal's end is an error (EIO).
+        let Ok(n @ 1..) = read else { break };
         if let Some(writer) = &mut client
             && writer.write_all(&bytes[..n]).await.is_err()
         {
             client = None;
         }
+        if is_over {
+            rest = rest.saturating_sub(n);
+        }
     }
     if let Some(writer) = &mut client {
         let _ = writer.flush().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_client_gets_all_that_a_program_wrote_and_no_more_is_waited_for() {
+        let (output, theirs) = output_pipe().unwrap();
+        let (client, mut reader) = tokio::io::duplex(1000);
+        let (over, is_over) = watch::channel(false);
+        let showing = tokio::spawn(show(output, boxed(Some(client)), is_over));
+        // What the program has left behind holds the pipe open.
+        let mut program = std::fs::File::from(theirs);
+        program.write_all(&[b'x'; 200_000]).unwrap();
+        over.send_replace(true);
+        let (mut got, mut bytes) = (0, vec![0; 100_000]);
+        while got < 200_000 {
+            // Longer than a pipe is waited for, twice.
+            if [0, 100_000].contains(&got) {
+                sleep(2 * REST_LIMIT).await;
+            }
+            let n = timeout(Duration::from_secs(10), reader.read(&mut bytes)).await.unwrap().unwrap();
+            assert!(n > 0, "the end came after {got} bytes");
+            got += n;
+        }
+        timeout(Duration::from_secs(10), showing).await.unwrap().unwrap();
+        drop(program);
     }
 }
