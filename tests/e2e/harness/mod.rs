@@ -3,7 +3,9 @@
 //! side by side.
 
 pub mod api;
+mod api_server;
 mod host;
+mod kubectl;
 mod namespace;
 mod pbs;
 mod pilot;
@@ -15,7 +17,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use api_server::ApiServer;
 pub use host::{Output, Tmpfs, as_user, marked, run, shared_directory};
+pub use kubectl::{Ended, Kubectl, Terminal, Way};
 pub use namespace::{Namespace, container, job, pod_spec};
 pub use pbs::PbsJob;
 pub use pilot::{JobState, Options, Pilot, condition, slurm};
@@ -96,6 +100,21 @@ impl Bed {
         let mut command = self.kubectl_command();
         let output = host::run_with_input(command.args(["apply", "-n", namespace, "-f", "-"]), yaml);
         assert!(output.success, "kubectl apply: {}\n{yaml}", output.text);
+    }
+
+    /// kubectl as cluster-admin in a namespace, ended after so many seconds. Add arguments and variables, or another
+    /// `--kubeconfig`: the last one counts.
+    pub fn kubectl_within(&self, namespace: &str, limit: u32) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["-k", "1", &limit.to_string()]);
+        self.kubectl_of(&mut command, namespace);
+        command
+    }
+
+    /// As [`Bed::kubectl_within`], as the last arguments of a command that runs another.
+    pub fn kubectl_of<'a>(&self, command: &'a mut Command, namespace: &str) -> &'a mut Command {
+        command.arg(self.directory.join("cluster/bin/kubectl"));
+        command.arg("--kubeconfig").arg(self.admin_kubeconfig()).args(["--namespace", namespace])
     }
 
     fn kubectl_command(&self) -> Command {
