@@ -1,8 +1,9 @@
 //! `kubectl exec`, `attach`, `run` and `cp`, through the API server to the Node's own API.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::io::Read as _;
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -10,8 +11,8 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::harness::{
-    Ended, Kubectl, Namespace, Options, Pilot, Terminal, bed, container, pod_spec, seconds, shared_directory,
-    wait_until,
+    Ended, Kubectl, Namespace, Options, Pilot, Terminal, Way, bed, container, pod_spec, seconds,
+    shared_directory, wait_until,
 };
 
 /// How long kubectl may take on a machine that is busy with other tests.
@@ -19,37 +20,16 @@ const SLOW: Duration = seconds(60);
 /// And with much to carry.
 const LONG: Duration = seconds(180);
 
-/// kubectl by one of the ways from it to the Node.
-#[derive(Default)]
-pub struct Way {
-    /// Another API server's.
-    pub kubeconfig: Option<PathBuf>,
-    /// Variables of kubectl's.
-    pub environment: Vec<(&'static str, &'static str)>,
-}
-
-impl Way {
-    /// kubectl in a namespace, at most three minutes.
-    pub fn kubectl(&self, namespace: &Namespace) -> Command {
-        let mut command = bed().kubectl_within(&namespace.name, 180);
-        if let Some(file) = &self.kubeconfig {
-            command.arg("--kubeconfig").arg(file);
-        }
-        command.envs(self.environment.iter().copied());
-        command
-    }
-
-    /// `kubectl exec` in a container of a pod, with input.
-    #[track_caller]
-    pub fn exec(&self, namespace: &Namespace, options: &[&str], argv: &[&str], input: &[u8]) -> Ended {
-        let mut command = self.kubectl(namespace);
-        command.arg("exec").args(options).arg("--").args(argv);
-        Kubectl::run_with(&mut command, input, LONG)
-    }
+/// `kubectl exec` in a container of a pod, with input.
+#[track_caller]
+fn exec_by(way: &Way, namespace: &Namespace, options: &[&str], argv: &[&str], input: &[u8]) -> Ended {
+    let mut command = way.kubectl(&namespace.name);
+    command.arg("exec").args(options).arg("--").args(argv);
+    Kubectl::run_with(&mut command, input, LONG)
 }
 
 fn exec(namespace: &Namespace, options: &[&str], argv: &[&str]) -> Ended {
-    Way::default().exec(namespace, options, argv, b"")
+    exec_by(&Way::default(), namespace, options, argv, b"")
 }
 
 /// Shell that waits for a file of the test's.
@@ -82,16 +62,25 @@ pub fn noise(size: usize, mut seed: u64) -> Vec<u8> {
 
 /// What every way must carry: exit codes, both outputs, input and output of so many bytes.
 pub fn exec_works(way: &Way, namespace: &Namespace, size: usize) {
-    let ended = way.exec(namespace, &["p"], &["sh", "-c", "echo out; echo err >&2; exit 42"], b"");
+    let ended = exec_by(way, namespace, &["p"], &["sh", "-c", "echo out; echo err >&2; exit 42"], b"");
     assert_eq!((ended.code, ended.text().as_str()), (42, "out\n"), "{}", ended.said());
     assert!(ended.stderr.starts_with("err\n"), "{}", ended.stderr);
-    let ended = way.exec(namespace, &["p"], &["true"], b"");
+    let ended = exec_by(way, namespace, &["p"], &["true"], b"");
     assert_eq!(ended.code, 0, "{}", ended.said());
     // What came in goes out again, and its end is passed on.
     let bytes = noise(size, 7);
-    let ended = way.exec(namespace, &["-i", "p"], &["sh", "-c", "cat; exit 3"], &bytes);
+    let ended = exec_by(way, namespace, &["-i", "p"], &["sh", "-c", "cat; exit 3"], &bytes);
     assert_eq!(ended.code, 3, "{}", ended.stderr);
     assert!(ended.stdout == bytes, "{} of {size} bytes came back, or others", ended.stdout.len());
+    // And a program need not take all of it.
+    let ended = exec_by(way, namespace, &["-i", "p"], &["head", "-c", "5"], &bytes);
+    assert!(ended.code == 0 && ended.stdout == bytes[..5], "{}", ended.said());
+    // The end does not wait for what the program leaves behind, nor for the end of what is typed.
+    let mut command = way.kubectl(&namespace.name);
+    let mut typing =
+        Kubectl::start(command.args(["exec", "-i", "p", "--", "sh", "-c", "sleep 3600 & echo left; exit 6"]));
+    let ended = typing.wait_end(SLOW);
+    assert_eq!((ended.code, ended.text().as_str()), (6, "left\n"), "{}", ended.said());
 }
 
 /// `kubectl cp` of so many bytes there and back.
@@ -103,7 +92,7 @@ pub fn cp_works(way: &Way, namespace: &Namespace, pilot: &Pilot, size: usize) {
     let inside = pilot.pod_directory("p").join("containers/c1/copied");
     let remote = format!("p:{}", inside.display());
     for (from, to) in [(there.to_str().unwrap(), remote.as_str()), (&remote, back.to_str().unwrap())] {
-        let ended = Kubectl::run(way.kubectl(namespace).args(["cp", from, to]), LONG);
+        let ended = Kubectl::run(way.kubectl(&namespace.name).args(["cp", from, to]), LONG);
         assert_eq!(ended.code, 0, "{}", ended.said());
     }
     for file in [&inside, &back] {
@@ -154,11 +143,10 @@ fn exec_enters_the_containers_environment_and_directory() {
     }
 }
 
-#[test]
-fn a_terminal_has_its_size_follows_its_changes_and_passes_ctrl_c() {
-    let (namespace, pilot) = pod("terminal");
+/// A terminal in a container has its size, follows its changes and passes Ctrl-C.
+pub fn terminal_works(way: &Way, namespace: &Namespace, pilot: &Pilot) {
     let arguments = ["exec", "-it", "p", "--", "bash", "--norc"];
-    let mut terminal = Terminal::start(&namespace.name, &arguments, (101, 33));
+    let mut terminal = Terminal::start(way, &namespace.name, &arguments, (101, 33));
     terminal.kubectl.say("tty; stty size\n");
     terminal.kubectl.wait_text("/dev/pts/", SLOW);
     terminal.kubectl.wait_text("33 101\r\n", SLOW);
@@ -174,9 +162,39 @@ fn a_terminal_has_its_size_follows_its_changes_and_passes_ctrl_c() {
     terminal.kubectl.say("echo code=$?\n");
     terminal.kubectl.wait_text("code=130\r\n", SLOW);
     assert!(!sleeps());
-    terminal.kubectl.say("exit 7\n");
+    terminal.kubectl.say("seq -f 'line %.0f' 1 20000; exit 7\n");
     let ended = terminal.kubectl.wait_end(SLOW);
     assert_eq!(ended.code, 7, "{}", ended.said());
+    let all: String = (1..=20_000).map(|n| format!("line {n}\r\n")).collect();
+    assert!(ended.text().contains(&all), "{} characters are not all", ended.text().len());
+}
+
+#[test]
+fn a_terminal_has_its_size_follows_its_changes_and_passes_ctrl_c() {
+    let (namespace, pilot) = pod("terminal");
+    terminal_works(&Way::default(), &namespace, &pilot);
+}
+
+#[test]
+fn a_slow_reader_gets_all_that_a_program_wrote_before_its_end() {
+    let (namespace, _pilot) = pod("slow");
+    let size = 20_000_000;
+    let script = format!("head -c {size} /dev/zero; exit 4");
+    let mut command = Way::default().kubectl(&namespace.name);
+    command.args(["exec", "p", "--", "bash", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut kubectl = command.spawn().unwrap();
+    let mut output = kubectl.stdout.take().unwrap();
+    let (mut bytes, mut got) = (vec![0; 32 * 1024], 0);
+    loop {
+        let n = output.read(&mut bytes).unwrap();
+        if n == 0 {
+            break;
+        }
+        got += n;
+        // At most 3 MB/s: what is on its way fills all buffers, and is more than a moment's work when the program ends.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((got, kubectl.wait().unwrap().code()), (size, Some(4)));
 }
 
 #[test]
@@ -192,6 +210,7 @@ fn what_exec_started_is_gone_with_its_container_and_an_ended_one_is_not_entered(
     let mut command = bed().kubectl_within(&namespace.name, 120);
     let mut joined = Kubectl::start(command.args(["exec", "p", "-c", "c1", "--", "bash", "-c", script]));
     let mut terminal = Terminal::start(
+        &Way::default(),
         &namespace.name,
         &["exec", "-it", "p", "-c", "c1", "--", "bash", "-c", "trap '' HUP; sleep 4321; exit 0"],
         (80, 24),
@@ -266,7 +285,7 @@ fn attach_reaches_a_containers_own_terminal() {
     with["tty"] = json!(true);
     namespace.pod_on(&pilot, "p", pod_spec("Never", &[with]));
     namespace.wait_phase("p", "Running", seconds(30));
-    let mut terminal = Terminal::start(&namespace.name, &["attach", "-it", "p"], (101, 33));
+    let mut terminal = Terminal::start(&Way::default(), &namespace.name, &["attach", "-it", "p"], (101, 33));
     terminal.kubectl.say("echo $((6 * 7)); tty\n");
     terminal.kubectl.wait_text("42\r\n", SLOW);
     terminal.kubectl.wait_text("/dev/pts/", SLOW);

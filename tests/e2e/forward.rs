@@ -5,8 +5,8 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Barrier;
 use std::time::Duration;
 
-use crate::exec::{Way, cp_works, exec_works, noise};
-use crate::harness::{ApiServer, Kubectl, Namespace, Options, Pilot, seconds, wait_for, wait_until};
+use crate::exec::{cp_works, exec_works, noise, terminal_works};
+use crate::harness::{ApiServer, Kubectl, Namespace, Options, Pilot, Way, seconds, wait_for, wait_until};
 
 /// How long kubectl may take on a machine that is busy with other tests.
 const SLOW: Duration = seconds(60);
@@ -47,7 +47,7 @@ fn echo_pod(label: &'static str) -> (Namespace, Pilot, u16) {
 
 /// `kubectl port-forward` to these ports, and the local ones.
 fn forward(way: &Way, namespace: &Namespace, ports: &[u16]) -> (Kubectl, Vec<u16>) {
-    let mut command = way.kubectl(namespace);
+    let mut command = way.kubectl(&namespace.name);
     command.args(["port-forward", "--address=127.0.0.1", "pod/p"]);
     let forwarding = Kubectl::start(command.args(ports.iter().map(|port| format!(":{port}"))));
     let local = wait_for("the forward is open", SLOW, || {
@@ -183,6 +183,7 @@ fn a_forward_ends_with_its_pod() {
 fn all_works(way: &Way, label: &'static str) {
     let (namespace, pilot, port) = echo_pod(label);
     exec_works(way, &namespace, 3_000_000);
+    terminal_works(way, &namespace, &pilot);
     cp_works(way, &namespace, &pilot, 5_000_000);
     let (_forwarding, local) = forward(way, &namespace, &[port]);
     echo(local[0], 50, 20_000);

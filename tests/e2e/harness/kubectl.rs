@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -15,6 +16,33 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::{bed, wait_for, wait_until};
+
+/// kubectl by one of the ways from it to the Node.
+#[derive(Default)]
+pub struct Way {
+    /// Another API server's.
+    pub kubeconfig: Option<PathBuf>,
+    /// Variables of kubectl's.
+    pub environment: Vec<(&'static str, &'static str)>,
+}
+
+impl Way {
+    /// kubectl in a namespace, at most three minutes.
+    pub fn kubectl(&self, namespace: &str) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["-k", "1", "180"]);
+        self.add(&mut command, namespace);
+        command
+    }
+
+    /// The same as the last arguments of a command that runs another.
+    fn add(&self, command: &mut Command, namespace: &str) {
+        bed().kubectl_of(command, namespace).envs(self.environment.iter().copied());
+        if let Some(file) = &self.kubeconfig {
+            command.arg("--kubeconfig").arg(file);
+        }
+    }
+}
 
 /// A kubectl that runs. Ended at drop.
 pub struct Kubectl {
@@ -173,7 +201,7 @@ pub struct Terminal {
 
 impl Terminal {
     /// Starts kubectl with these arguments in a terminal of this size, which is its own.
-    pub fn start(namespace: &str, arguments: &[&str], (columns, rows): (u16, u16)) -> Self {
+    pub fn start(way: &Way, namespace: &str, arguments: &[&str], (columns, rows): (u16, u16)) -> Self {
         let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&ours).unwrap();
         unlockpt(&ours).unwrap();
@@ -185,7 +213,8 @@ impl Terminal {
         // so it is told when the size changes.
         let mut command = Command::new("timeout");
         command.args(["--foreground", "-k", "1", "120", "setsid", "--ctty", "--wait"]);
-        let command = bed().kubectl_of(&mut command, namespace).args(arguments).env("TERM", "xterm");
+        way.add(&mut command, namespace);
+        command.args(arguments).env("TERM", "xterm");
         let open = || {
             use std::os::unix::fs::OpenOptionsExt as _;
             let mut options = std::fs::OpenOptions::new();

@@ -5,8 +5,8 @@
 pub mod api;
 mod api_server;
 mod host;
-mod kubectl;
 pub mod https;
+mod kubectl;
 mod namespace;
 mod pbs;
 mod pilot;
@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 pub use api_server::ApiServer;
 pub use host::{Output, Tmpfs, as_user, marked, run, shared_directory};
-pub use kubectl::{Ended, Kubectl, Terminal};
 pub use https::Https;
+pub use kubectl::{Ended, Kubectl, Terminal, Way};
 pub use namespace::{Namespace, container, job, pod_spec};
 pub use pbs::PbsJob;
 pub use pilot::{JobState, Options, Pilot, condition, slurm};
