@@ -121,8 +121,11 @@ fn a_pilot_behind_a_firewall_works_through_its_login_host() {
     let namespace = Namespace::new("tunnel");
     let mut login = Login::new();
     // The second leads nowhere, and the Node says so.
-    let options =
-        login.options("tunnel").arg("--tunnel=ssh://login?ports=pods,ssh://nobody@127.0.0.1:1?api=0");
+    let own = free_port();
+    let options = login
+        .options("tunnel")
+        .arg("--tunnel=ssh://login?ports=pods,ssh://nobody@127.0.0.1:1?api=0")
+        .arg(&format!("--port={own}"));
     let mut pilot = Pilot::local(options, 600);
     let down = wait_for("the Node says that a tunnel is down", seconds(20), || {
         let condition = condition(&node(&pilot), "TunnelDown");
@@ -140,7 +143,7 @@ fn a_pilot_behind_a_firewall_works_through_its_login_host() {
 
     let port = free_port();
     let serve = format!(
-        "exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalAddr => \"127.0.0.1\", LocalPort => {port}, \
+        "echo serving\nexec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalAddr => \"127.0.0.1\", LocalPort => {port}, \
          Listen => 9, ReuseAddr => 1) or die $!; while ($c = $s->accept) {{ print $c \"from the pod\"; close $c }}'\n"
     );
     namespace.config_map("p", &[("run.sh", &serve)]);
@@ -161,6 +164,14 @@ fn a_pilot_behind_a_firewall_works_through_its_login_host() {
         })
     };
     let first = far(None);
+    // kubectl reaches the Node by the port that the login host has given, not by its own.
+    let logs = || {
+        let given = node(&pilot)["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].clone();
+        assert_ne!(given, json!(own));
+        let output = bed().kubectl(&["-n", &namespace.name, "logs", "p"]);
+        output.success && output.text.contains("serving")
+    };
+    wait_until("kubectl logs goes through the tunnel", seconds(20), logs);
     let before = node(&pilot);
 
     // A login host that is rebooted.
@@ -168,6 +179,7 @@ fn a_pilot_behind_a_firewall_works_through_its_login_host() {
     login.start();
     assert_ne!(far(Some(&first)), first);
     assert_eq!(node(&pilot)["metadata"]["uid"], before["metadata"]["uid"]);
+    wait_until("kubectl logs goes through the tunnel again", seconds(60), logs);
 
     // The end is told through the tunnel too, and nothing stays.
     pilot.signal(Signal::SIGTERM);
