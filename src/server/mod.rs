@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -52,6 +52,13 @@ const CONNECTIONS: usize = 300;
 
 /// Connections of which nobody is known yet: an honest one is known within milliseconds.
 const STRANGERS: usize = 64;
+
+/// How long one of them stays when others want its place. 64 handshakes at once on cores that the pods keep busy take more
+/// than half a second; and who opens connections and says nothing holds up others by a few times this at the most.
+const STRANGER_STAYS: Duration = Duration::from_secs(2);
+
+/// How often a place is looked for while all are taken.
+const STRANGER_LOOK: Duration = Duration::from_millis(5);
 
 /// Sessions of exec, attach and port-forward at once.
 const SESSIONS: usize = 80;
@@ -148,6 +155,10 @@ fn both_families(port: u16) -> Result<std::net::TcpListener, Errno> {
 pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Server>) {
     let acceptor = TlsAcceptor::from(tls);
     loop {
+        // A burst of honest clients waits in the listener's queue; none is turned away for another.
+        while let Some(wait) = server.strangers.make_room(Instant::now()) {
+            tokio::time::sleep(wait).await;
+        }
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -166,7 +177,7 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Se
                 tracing::debug!(%from, problem, "a connection to the Node's API has ended");
             }
         });
-        server.strangers.enter(guest, task.abort_handle());
+        server.strangers.enter(guest, task.abort_handle(), Instant::now());
     }
 }
 
@@ -177,21 +188,40 @@ struct Guest {
 }
 
 /// Connections of nobody. Any user of the host can open one and say nothing, so there are few of them, and the oldest goes
-/// first: those of whom something is known are never crowded out.
+/// when it had its time: those of whom something is known are never crowded out.
 #[derive(Default)]
-struct Strangers(Mutex<VecDeque<(Arc<Guest>, AbortHandle)>>);
+struct Strangers(Mutex<VecDeque<Stranger>>);
+
+struct Stranger {
+    guest: Arc<Guest>,
+    task: AbortHandle,
+    since: Instant,
+}
 
 impl Strangers {
-    fn enter(&self, guest: Arc<Guest>, task: AbortHandle) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|(guest, task)| guest.place.get().is_none() && !task.is_finished());
-        all.push_back((guest, task));
-        if all.len() > STRANGERS
-            && let Some((guest, oldest)) = all.pop_front()
-            && guest.place.get().is_none()
-        {
-            oldest.abort();
+    fn enter(&self, guest: Arc<Guest>, task: AbortHandle, now: Instant) {
+        self.all().push_back(Stranger { guest, task, since: now });
+    }
+
+    /// Whether one more can come; else, how long to wait before the next look.
+    fn make_room(&self, now: Instant) -> Option<Duration> {
+        let mut all = self.all();
+        all.retain(|stranger| stranger.guest.place.get().is_none() && !stranger.task.is_finished());
+        if all.len() < STRANGERS {
+            return None;
         }
+        let oldest = all.front()?;
+        let stays = STRANGER_STAYS.saturating_sub(now.duration_since(oldest.since));
+        if !stays.is_zero() {
+            return Some(stays.min(STRANGER_LOOK));
+        }
+        oldest.task.abort();
+        all.pop_front();
+        None
+    }
+
+    fn all(&self) -> MutexGuard<'_, VecDeque<Stranger>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -428,5 +458,31 @@ mod tests {
         let logged = (0..1000).filter(|_| refusals.note(now).is_some()).count();
         assert_eq!(logged, 10);
         assert_eq!(refusals.note(now + Duration::from_secs(61)), Some(990));
+    }
+
+    #[tokio::test]
+    async fn a_stranger_has_its_time_before_it_goes_for_another_and_who_is_known_never_goes() {
+        let strangers = Strangers::default();
+        let begin = Instant::now();
+        let places = Arc::new(Semaphore::new(1));
+        let mut tasks = Vec::new();
+        let mut guests = Vec::new();
+        for _ in 0..STRANGERS {
+            assert_eq!(strangers.make_room(begin), None);
+            let (task, guest) = (tokio::spawn(std::future::pending::<()>()), Arc::new(Guest::default()));
+            strangers.enter(Arc::clone(&guest), task.abort_handle(), begin);
+            tasks.push(task);
+            guests.push(guest);
+        }
+        assert_eq!(strangers.make_room(begin), Some(STRANGER_LOOK));
+        // One is known: there is room, and the place is its own.
+        guests[0].place.set(places.try_acquire_owned().unwrap()).unwrap();
+        assert_eq!(strangers.make_room(begin), None);
+        let task = tokio::spawn(std::future::pending::<()>());
+        strangers.enter(Arc::default(), task.abort_handle(), begin);
+        assert_eq!(strangers.make_room(begin + STRANGER_STAYS / 2), Some(STRANGER_LOOK));
+        assert_eq!(strangers.make_room(begin + STRANGER_STAYS), None);
+        assert!((&mut tasks[1]).await.unwrap_err().is_cancelled());
+        assert!(!tasks[0].is_finished() && !tasks[2].is_finished());
     }
 }
