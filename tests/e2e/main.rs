@@ -18,6 +18,7 @@ mod forward;
 mod full_disk;
 mod hooks;
 mod identity;
+mod load;
 mod logs;
 mod metrics;
 mod pbs;
