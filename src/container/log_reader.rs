@@ -75,7 +75,7 @@ impl Formatter {
     /// Takes raw log, and appends what is shown of it.
     pub fn take(&mut self, mut bytes: &[u8], shown: &mut Vec<u8>) {
         if !self.partial.is_empty() {
-            let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+            let Some(end) = memchr::memchr(b'\n', bytes) else {
                 self.partial.extend_from_slice(bytes);
                 return;
             };
@@ -84,7 +84,7 @@ impl Formatter {
             self.entry(&entry, shown);
             bytes = &bytes[end + 1..];
         }
-        while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = memchr::memchr(b'\n', bytes) {
             self.entry(&bytes[..end], shown);
             bytes = &bytes[end + 1..];
         }
@@ -122,6 +122,10 @@ impl Formatter {
 
 /// `<time stamp> <stream> <tag> <text>`.
 fn parse(line: &[u8]) -> Option<Entry<'_>> {
+    // As it is always written: a stamp of 30 bytes, `stdout` or `stderr`, one letter.
+    if line.len() >= 40 && (line[30], line[37], line[39]) == (b' ', b' ', b' ') {
+        return Some(Entry { stamp: &line[..30], whole: line[38] != b'P', text: &line[40..] });
+    }
     let mut parts = line.splitn(4, |byte| *byte == b' ');
     let (stamp, _, tag) = (parts.next()?, parts.next()?, parts.next()?);
     Some(Entry { stamp, whole: tag != b"P", text: parts.next().unwrap_or_default() })
@@ -284,7 +288,7 @@ impl Current {
             }
         }
         bytes.truncate(read);
-        match bytes.iter().rposition(|byte| *byte == b'\n') {
+        match memchr::memrchr(b'\n', &bytes) {
             Some(end) => bytes.truncate(end + 1),
             // No entry is so long: it was not written by us.
             None if read == READ_BYTES => {

@@ -36,8 +36,11 @@ const CA_BYTES: u64 = 1 << 20;
 /// When it is taken.
 pub(in crate::commands) fn take_port(port: u16) -> Result<TcpListener, SetupError> {
     server::bind(port).map_err(|error| {
+        // The same words with every C library.
+        let problem = error.raw_os_error().map(|code| nix::errno::Errno::from_raw(code).desc());
+        let problem = problem.map_or_else(|| error.to_string(), str::to_owned);
         SetupError::Host(format!(
-            "port {port} of --port (KUBELET_PORT) cannot be taken: {error}; name a free port, or 0 for any"
+            "port {port} of --port (KUBELET_PORT) cannot be taken: {problem}; name a free port, or 0 for any"
         ))
     })
 }
