@@ -13,7 +13,7 @@ use crate::watch::Watcher;
 const PODS: usize = 4;
 
 /// Pilots that end side by side. Some wait for their walltime, so the two cores are not busy all the time.
-const SIDE_BY_SIDE: usize = 20;
+const SIDE_BY_SIDE: usize = 10;
 
 /// The least walltime that a pilot takes is 45 s; it drains 30 s before its end. In seconds.
 const WALLTIME: u32 = 50;
