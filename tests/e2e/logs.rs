@@ -124,8 +124,11 @@ fn each_container_has_a_log_and_what_has_none_is_refused_in_a_kubelets_words() {
 
     assert_eq!(logs(&namespace, &["p"]), "from one\n", "the first is the default");
     assert_eq!(logs(&namespace, &["p", "-c", "two"]), "from two\n");
+    // kubectl asks for both at once, and shows them as they come.
     let all = logs(&namespace, &["p", "--all-containers", "--prefix"]);
-    assert_eq!(all, "[pod/p/one] from one\n[pod/p/two] from two\n");
+    let mut lines: Vec<&str> = all.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["[pod/p/one] from one", "[pod/p/two] from two"]);
     let unknown = refusal(&namespace, &["p", "-c", "three"]);
     assert!(unknown.contains("container three is not valid for pod p"), "{unknown}");
     let previous = refusal(&namespace, &["p", "-c", "one", "--previous"]);
