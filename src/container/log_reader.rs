@@ -136,6 +136,9 @@ fn parse(line: &[u8]) -> Option<Entry<'_>> {
 pub struct LogReader {
     path: PathBuf,
     current: Option<Current>,
+    /// Where what was read last stands. Kept from one read to the next: a buffer of this size is the kernel's each time
+    /// that it is made, and so are its pages.
+    buffer: Vec<u8>,
 }
 
 /// The file that is read.
@@ -151,7 +154,7 @@ impl LogReader {
     /// A reader that begins with the oldest file of the log at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, current: None }
+        Self { path, current: None, buffer: Vec::new() }
     }
 
     /// A reader that begins with the file that has the first of the last `tail` lines, and how many lines of that file
@@ -165,8 +168,8 @@ impl LogReader {
         for (_, inode) in reader.inodes()? {
             let Some(mut file) = reader.open_inode(inode)? else { break };
             let mut lines = 0;
-            while let Some(bytes) = file.read()? {
-                lines += count_lines(&bytes);
+            while let Some(length) = file.read(&mut reader.buffer)? {
+                lines += count_lines(&reader.buffer[..length]);
             }
             file.offset = 0;
             reader.current = Some(file);
@@ -183,7 +186,7 @@ impl LogReader {
     ///
     /// # Errors
     /// When a file that is there cannot be read.
-    pub fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
+    pub fn read(&mut self) -> io::Result<Option<&[u8]>> {
         // Once around each file at the most: rotation cannot keep it from an end.
         for _ in 0..=FILES_MOST {
             let Some(current) = &mut self.current else {
@@ -193,18 +196,24 @@ impl LogReader {
                 }
                 continue;
             };
-            if let Some(bytes) = current.read()? {
-                return Ok(Some(bytes));
+            if let Some(length) = current.read(&mut self.buffer)? {
+                return Ok(Some(&self.buffer[..length]));
             }
             // The end of this file: a newer one follows when it was moved away.
             let Some(next) = self.newer()? else { return Ok(None) };
             // What was written between the last read and the rotation comes first.
-            if let Some(bytes) = self.current.as_mut().map(Current::read).transpose()?.flatten() {
-                return Ok(Some(bytes));
+            let last = self.current.as_mut().map(|current| current.read(&mut self.buffer));
+            if let Some(length) = last.transpose()?.flatten() {
+                return Ok(Some(&self.buffer[..length]));
             }
             self.current = Some(next);
         }
         Ok(None)
+    }
+
+    /// Gives the memory back that reading took, until the next read: hundreds of readers wait for a line.
+    pub fn rest(&mut self) {
+        self.buffer = Vec::new();
     }
 
     fn numbered(&self, n: u32) -> PathBuf {
@@ -271,34 +280,34 @@ impl LogReader {
 }
 
 impl Current {
-    /// The next whole entries.
-    fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
+    /// The next whole entries, at the buffer's beginning: their length.
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<Option<usize>> {
         // A file that could not be moved away was emptied. What is cut off after a failed write ends with an entry.
         if self.file.metadata()?.len() < self.offset {
             self.offset = 0;
         }
-        let mut bytes = vec![0; READ_BYTES];
+        buffer.resize(READ_BYTES, 0);
         let mut read = 0;
-        while read < bytes.len() {
-            match self.file.read_at(&mut bytes[read..], self.offset + read as u64) {
+        while read < buffer.len() {
+            match self.file.read_at(&mut buffer[read..], self.offset + read as u64) {
                 Ok(0) => break,
                 Ok(n) => read += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        bytes.truncate(read);
-        match memchr::memrchr(b'\n', &bytes) {
-            Some(end) => bytes.truncate(end + 1),
+        match memchr::memrchr(b'\n', &buffer[..read]) {
+            Some(end) => {
+                self.offset += end as u64 + 1;
+                Ok(Some(end + 1))
+            }
             // No entry is so long: it was not written by us.
             None if read == READ_BYTES => {
                 self.offset += read as u64;
-                return Ok(Some(Vec::new()));
+                Ok(Some(0))
             }
-            None => return Ok(None),
+            None => Ok(None),
         }
-        self.offset += bytes.len() as u64;
-        Ok(Some(bytes))
     }
 }
 
@@ -395,7 +404,7 @@ mod tests {
             write(&mut log, from, to);
             wait_for(&path, &format!("line {}\n", to - 1));
             while let Some(bytes) = reader.read().unwrap() {
-                formatter.take(&bytes, &mut shown);
+                formatter.take(bytes, &mut shown);
             }
         }
         let wanted: String = (0..750).map(|n| format!("line {n}\n")).collect();
@@ -406,7 +415,7 @@ mod tests {
             let mut formatter = Formatter::new(&LogOptions::default(), skip);
             let mut shown = Vec::new();
             while let Some(bytes) = reader.read().unwrap() {
-                formatter.take(&bytes, &mut shown);
+                formatter.take(bytes, &mut shown);
             }
             String::from_utf8(shown).unwrap()
         };
@@ -431,7 +440,7 @@ mod tests {
             loop {
                 let over = writer.is_finished();
                 while let Some(bytes) = reader.read().unwrap() {
-                    formatter.take(&bytes, &mut shown);
+                    formatter.take(bytes, &mut shown);
                 }
                 if over {
                     break;

@@ -2,7 +2,7 @@
 //! (getContainerLogs), `kubelet_pods.go` (validateContainerLogStatus), core/v1 `ValidatePodLogOptions`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -207,16 +207,17 @@ async fn send(
     let (mut reader, skip, mut changes) = begin.await.map_err(lost)??;
     let mut roster = source.roster.changes();
     let mut formatter = Formatter::new(&request.options, skip);
+    let spare = Spare::default();
     loop {
         let over = source.is_over();
         // Until its end.
         loop {
+            let mut shown = spare.take();
             let read = on_disk(move || {
-                let mut shown = Vec::new();
                 let mut end = false;
                 while shown.len() < PIECE_BYTES && !formatter.is_full() {
                     match reader.read() {
-                        Ok(Some(bytes)) => formatter.take(&bytes, &mut shown),
+                        Ok(Some(bytes)) => formatter.take(bytes, &mut shown),
                         Ok(None) => {
                             end = true;
                             break;
@@ -228,7 +229,7 @@ async fn send(
             });
             let (back, filter, shown, end) = read.await.map_err(lost)?;
             (reader, formatter) = (back, filter);
-            if !shown.is_empty() && pieces.send(Bytes::from(shown)).await.is_err() {
+            if !shown.is_empty() && pieces.send(spare.lend(shown)).await.is_err() {
                 return Ok(());
             }
             if formatter.is_full() {
@@ -238,6 +239,8 @@ async fn send(
                 break;
             }
         }
+        reader.rest();
+        spare.close();
         let Some(changes) = &mut changes else { return Ok(()) };
         if over {
             return Ok(());
@@ -252,6 +255,55 @@ async fn send(
     }
 }
 
+/// Memory of pieces that have been sent, for those that follow. What a piece takes is the kernel's each time that it is
+/// made anew, and most of a log's time went into its pages.
+#[derive(Clone, Default)]
+struct Spare(Arc<Mutex<Option<Vec<Vec<u8>>>>>);
+
+/// A piece on its way; its memory comes back.
+struct Lent {
+    bytes: Vec<u8>,
+    spare: Spare,
+}
+
+impl Spare {
+    fn all(&self) -> MutexGuard<'_, Option<Vec<Vec<u8>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for a piece.
+    fn take(&self) -> Vec<u8> {
+        let spare = self.all().get_or_insert_default().pop();
+        spare.unwrap_or_default()
+    }
+
+    fn lend(&self, bytes: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Lent { bytes, spare: self.clone() })
+    }
+
+    /// Lets all of it go, what is on its way too when it comes back, until the next is taken.
+    fn close(&self) {
+        *self.all() = None;
+    }
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.clear();
+        // No more than are on their way at once, which the body bounds.
+        if let Some(spare) = &mut *self.spare.all() {
+            spare.push(bytes);
+        }
+    }
+}
+
 /// How often a quiet log's container is looked at, whatever is told.
 const LOOK: Duration = Duration::from_secs(30);
 
@@ -259,6 +311,26 @@ const LOOK: Duration = Duration::from_secs(30);
 mod tests {
     use super::*;
     use crate::pod::status::Terminated;
+
+    #[test]
+    fn a_pieces_memory_is_used_again_until_the_log_is_quiet() {
+        let spare = Spare::default();
+        let mut piece = spare.take();
+        piece.extend_from_slice(b"abc");
+        let address = piece.as_ptr();
+        let lent = spare.lend(piece);
+        let part = lent.slice(1..);
+        drop(lent);
+        assert_eq!(spare.take().capacity(), 0, "a part of it is still on its way");
+        assert_eq!(part, "bc");
+        drop(part);
+        let piece = spare.take();
+        assert_eq!((piece.as_ptr(), piece.len()), (address, 0));
+        let lent = spare.lend(piece);
+        spare.close();
+        drop(lent);
+        assert_eq!(spare.take().capacity(), 0);
+    }
 
     fn parse(query: &str) -> Result<LogRequest, (u16, String)> {
         LogRequest::parse(Some(query), "2026-01-01T00:00:10Z".parse().unwrap())
