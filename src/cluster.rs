@@ -3,6 +3,7 @@
 //! [`Kube::load`] reads the kubeconfig without any network; [`Kube::connect`] tries until the API server answers.
 
 mod counting;
+pub mod sending;
 
 pub use counting::counting;
 

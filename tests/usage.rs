@@ -244,37 +244,3 @@ async fn a_group_of_another_container_stays_with_it() {
     assert!(seconds(&usage[0]) < 0.2 && usage[0].processes == 2, "{usage:?}");
     assert!(seconds(&usage[1]) >= 0.4 && usage[1].processes == 2, "{usage:?}");
 }
-
-/// Measures only: `cargo test --release --test usage -- --ignored --nocapture`.
-#[tokio::test]
-#[ignore = "measures"]
-async fn how_long_a_hundred_containers_take() {
-    let bed = Bed::new();
-    let mut containers = Vec::new();
-    for n in 0..100 {
-        containers.push(bed.start(&format!("c{n}"), "sleep 600 & read -t 600 < <(sleep 600)").await);
-    }
-    let measure = |containers: &mut [Container], what: &str| {
-        let mut times: Vec<Duration> = (0..200)
-            .map(|_| {
-                let start = Instant::now();
-                let usage = bed.sample(containers);
-                assert_eq!(usage.len(), 100);
-                start.elapsed()
-            })
-            .collect();
-        times.sort();
-        println!("{what}: median {:?}, 99 of 100 within {:?}", times[100], times[197]);
-    };
-    std::thread::sleep(Duration::from_secs(1));
-    let processes: u64 = bed.sample(&mut containers).iter().map(|usage| usage.processes).sum();
-    measure(&mut containers, &format!("measured: 100 containers of {processes} processes"));
-    let mut alone = Vec::new();
-    for n in 0..100 {
-        alone.push(bed.start(&format!("a{n}"), "exec sleep 600").await);
-    }
-    measure(&mut alone, "measured: 100 containers of 100 processes");
-    let foreign = Foreign::new("sleep 60 & sleep 60");
-    fs::write(containers[7].dir.join("pgid"), format!("{}\n", foreign.0.id())).unwrap();
-    measure(&mut containers, "measured: and one foreign group");
-}

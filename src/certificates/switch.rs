@@ -2,13 +2,9 @@
 //!
 //! [`Switch::client`] is what is handed out; [`Switch::swap`] changes what its next requests are sent by.
 
-use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::task::{Context, Poll};
 
-use http::{Request, Response};
-use kube::client::Body;
-use tower_service::Service;
+use crate::cluster::sending;
 
 /// The client behind the clients. A request that is under way, such as a watch, ends where it began.
 #[derive(Clone)]
@@ -26,8 +22,11 @@ impl Switch {
     /// A client that follows the swaps. To be called in a tokio runtime.
     #[must_use]
     pub fn client(&self) -> kube::Client {
-        let namespace = self.current().default_namespace().to_owned();
-        kube::Client::new(self.clone(), namespace)
+        let (switch, namespace) = (self.clone(), self.current().default_namespace().to_owned());
+        sending::client(&namespace, move |request| {
+            let client = switch.current();
+            async move { client.send(request).await }
+        })
     }
 
     /// Sends what comes from now on by another client.
@@ -37,21 +36,6 @@ impl Switch {
 
     fn current(&self) -> kube::Client {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl Service<Request<Body>> for Switch {
-    type Response = Response<Body>;
-    type Error = kube::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, kube::Error>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), kube::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let client = self.current();
-        Box::pin(async move { client.send(request).await })
     }
 }
 

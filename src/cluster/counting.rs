@@ -1,40 +1,18 @@
 //! A client whose failed calls are counted: [`counting`].
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use http::Method;
 
-use http::{Method, Request, Response};
-use kube::client::Body;
-use tower_service::Service;
-
+use super::sending;
 use crate::pilot_metrics::PilotMetrics;
 
 /// The same client; what fails of its calls is in the pilot's own figures. To be called in a tokio runtime.
 #[must_use]
 pub fn counting(client: kube::Client, metrics: PilotMetrics) -> kube::Client {
     let namespace = client.default_namespace().to_owned();
-    kube::Client::new(Counting { client, metrics }, namespace)
-}
-
-#[derive(Clone)]
-struct Counting {
-    client: kube::Client,
-    metrics: PilotMetrics,
-}
-
-impl Service<Request<Body>> for Counting {
-    type Response = Response<Body>;
-    type Error = kube::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, kube::Error>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), kube::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let Self { client, metrics } = self.clone();
+    sending::client(&namespace, move |request| {
+        let (client, metrics) = (client.clone(), metrics.clone());
         let verb = verb(request.method());
-        Box::pin(async move {
+        async move {
             let answer = client.send(request).await;
             match &answer {
                 Ok(response) if response.status().as_u16() >= 400 => {
@@ -44,8 +22,8 @@ impl Service<Request<Body>> for Counting {
                 Err(_) => metrics.api_error(verb, None),
             }
             answer
-        })
-    }
+        }
+    })
 }
 
 /// As the metrics of Kubernetes' own clients name it (rest_client_requests_total).

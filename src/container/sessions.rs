@@ -205,9 +205,13 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         Launcher::spawn_with(stdout.into(), stderr.into())?
     };
     let pid = launcher.pid;
+    let mut env = surroundings.env;
+    if spec.terminal {
+        name_terminal(&mut env);
+    }
     let launch = Launch {
         argv: spec.argv,
-        env: surroundings.env,
+        env,
         working_dir: surroundings.working_dir,
         container_dir: None,
         log: None,
@@ -215,10 +219,6 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         oom_score_adj: surroundings.oom_score_adj,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
     };
-    let mut launch = launch;
-    if spec.terminal {
-        name_terminal(&mut launch.env);
-    }
     let (socket, _) = launcher.launch(&launch, Some(&stdin))?;
     Ok(Exec { id: spec.id, pid, socket })
 }

@@ -79,35 +79,8 @@ pub fn run(view: &PodView, name: &str) -> Result<RunHandle, Refused> {
 }
 
 /// Names and values of a query, decoded (`application/x-www-form-urlencoded`).
-pub fn query(query: Option<&str>) -> impl Iterator<Item = (String, String)> {
-    let pairs = query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
-    pairs.map(|pair| {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (decode(name), decode(value))
-    })
-}
-
-fn decode(text: &str) -> String {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'+' => b' ',
-            b'%' => {
-                let mut digits = bytes.clone();
-                let digit = |byte: Option<u8>| byte.and_then(|b| char::from(b).to_digit(16));
-                match (digit(digits.next()), digit(digits.next())) {
-                    (Some(high), Some(low)) => {
-                        bytes = digits;
-                        u8::try_from(high * 16 + low).unwrap_or(b'%')
-                    }
-                    _ => b'%',
-                }
-            }
-            byte => byte,
-        });
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
+pub fn query(query: Option<&str>) -> impl Iterator<Item = (String, String)> + '_ {
+    form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned()
 }
 
 #[cfg(test)]

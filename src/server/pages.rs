@@ -61,7 +61,7 @@ pub struct Pages {
     about: About,
     /// The pilot's own figures.
     pub metrics: PilotMetrics,
-    usages: tokio::sync::Mutex<Arc<std::sync::Mutex<Usages>>>,
+    usages: Arc<tokio::sync::Mutex<Usages>>,
 }
 
 impl Pages {
@@ -69,7 +69,7 @@ impl Pages {
     #[must_use]
     pub fn new(about: About, metrics: PilotMetrics) -> Self {
         let usages = Usages::new(about.node.clone(), about.started_at, about.memory);
-        Self { about, metrics, usages: tokio::sync::Mutex::new(Arc::new(std::sync::Mutex::new(usages))) }
+        Self { about, metrics, usages: Arc::new(tokio::sync::Mutex::new(usages)) }
     }
 
     /// The answer to a route that only tells.
@@ -95,11 +95,9 @@ impl Pages {
 
     /// What the pods and the job use now. One at a time: each reads all of /proc that is ours.
     async fn sample(&self, roster: &Arc<Roster>) -> Snapshot {
-        let usages = self.usages.lock().await;
-        let (work, pods) = (Arc::clone(&usages), roster.all());
-        let sampled = tokio::task::spawn_blocking(move || {
-            work.lock().unwrap_or_else(std::sync::PoisonError::into_inner).sample(&pods)
-        });
+        let mut usages = Arc::clone(&self.usages).lock_owned().await;
+        let pods = roster.all();
+        let sampled = tokio::task::spawn_blocking(move || usages.sample(&pods));
         sampled.await.unwrap_or_else(|_| {
             // The runtime ends.
             Snapshot {

@@ -188,6 +188,8 @@ fn a_token_file_is_read_again_when_it_changes() {
     config["users"][0]["user"] = json!({"tokenFile": token_file});
     std::fs::write(&file, config.to_string()).unwrap();
     let pilot = Pilot::local(Options::new("token-file").env("KUBECONFIG", &file), 600);
+    // The Node is Ready a moment before its Lease is there.
+    wait_until("the first token has made the Lease", seconds(30), || pilot.lease().is_some());
 
     std::fs::write(&token_file, token("jiriaf", "jiriaf-pilot")).unwrap();
     secrets.delete(&bound, None);

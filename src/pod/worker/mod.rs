@@ -211,7 +211,6 @@ impl Worker {
         }
         loop {
             self.settle().await;
-            self.show();
             if self.is_finished() {
                 break;
             }

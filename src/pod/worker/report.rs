@@ -53,9 +53,10 @@ impl Worker {
         })
     }
 
-    pub(super) fn publish(&mut self) {
+    /// Sends the status as it is now, and returns it; none while nobody is to be told.
+    pub(super) fn publish(&mut self) -> Option<PodStatus> {
         if self.stop.as_ref().is_some_and(|stop| stop.why == Why::Gone) || self.announce_at.is_some() {
-            return;
+            return None;
         }
         let status = self.status();
         let terminal = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
@@ -63,13 +64,14 @@ impl Worker {
             self.ended = true;
             self.record.last_status = Some(status.clone());
         }
-        self.publisher.publish(status);
+        self.publisher.publish(status.clone());
+        Some(status)
     }
 
     /// Enters the pod as it is now where others look.
-    pub(super) fn show(&self) {
+    pub(super) fn show(&self, published: Option<PodStatus>) {
         let mut pod = self.record.pod.clone();
-        pod.status = Some(self.record.last_status.clone().unwrap_or_else(|| self.status()));
+        pod.status = Some(self.record.last_status.clone().or(published).unwrap_or_else(|| self.status()));
         let view = |container: &Container| {
             let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
             let view = ContainerView {
@@ -102,7 +104,8 @@ impl Worker {
     /// Publishes, and takes the steps that only wait for the API server's word.
     pub(super) async fn settle(&mut self) {
         let before = self.ended;
-        self.publish();
+        let published = self.publish();
+        self.show(published);
         self.note_ports();
         if self.ended && !before {
             self.save();

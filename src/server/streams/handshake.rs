@@ -188,26 +188,7 @@ pub(super) fn websocket_response<B: Default>(accept: &str, protocol: Option<&'st
 
 /// The values of a query parameter, in order.
 pub(super) fn query_values(query: Option<&str>, name: &str) -> Vec<String> {
-    let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-    pairs.filter(|(key, _)| decode(key) == name).map(|(_, value)| decode(value)).collect()
-}
-
-/// Undoes the encoding of a query: `+` and `%2C`.
-fn decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let escaped = || u8::from_str_radix(std::str::from_utf8(after.get(..2)?).ok()?, 16).ok();
-        match (first, escaped()) {
-            (b'%', Some(byte)) => {
-                bytes.push(byte);
-                rest = after.get(2..).unwrap_or_default();
-            }
-            (first, _) => {
-                bytes.push(if *first == b'+' { b' ' } else { *first });
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    let pairs = query.unwrap_or_default().split('&').filter(|pair| pair.contains('='));
+    let pairs = pairs.flat_map(|pair| form_urlencoded::parse(pair.as_bytes()));
+    pairs.filter(|(key, _)| key == name).map(|(_, value)| value.into_owned()).collect()
 }
