@@ -81,23 +81,48 @@ impl Watcher {
     }
 }
 
+/// How often the API server may end the watch in one run. It closes those that fall behind while the machine is busy
+/// (its cacher's buffer of a watcher is full); more than this means that something else is wrong.
+const INTERRUPTIONS: usize = 20;
+
 async fn follow(pods: &Pods) {
     let kubeconfig = Kubeconfig::read_from(bed().admin_kubeconfig()).unwrap();
     let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
     // Nothing may happen for a while.
     config.read_timeout = None;
     let client = Client::try_from(config).unwrap();
-    // A whole run takes less than the two hours after which the API server ends the watch.
-    let request = http::Request::get("/api/v1/pods?watch=1&timeoutSeconds=7200").body(Vec::new()).unwrap();
+    let mut version = String::new();
+    for _ in 0..INTERRUPTIONS {
+        one_watch(&client, pods, &mut version).await;
+        // Nothing is lost: it goes on behind the last event. What happened in between is seen late, and a figure that
+        // was taken then is the worse for it, so it is said.
+        eprintln!("the API server ended the watch at resource version {version}: it is begun again there");
+    }
+    panic!("the API server ended the watch {INTERRUPTIONS} times: nothing more can be measured");
+}
+
+/// Notes events until the API server ends the watch; `version` is what was seen last.
+async fn one_watch(client: &Client, pods: &Pods, version: &mut String) {
+    // A whole run takes less than these two hours.
+    let path =
+        format!("/api/v1/pods?watch=1&timeoutSeconds=7200&allowWatchBookmarks=1&resourceVersion={version}");
+    let request = http::Request::get(path).body(Vec::new()).unwrap();
     let mut lines = std::pin::pin!(client.request_stream(request).await.unwrap());
     let mut line = Vec::new();
     loop {
         line.clear();
-        let read = lines.read_until(b'\n', &mut line).await.unwrap();
+        let read = lines.read_until(b'\n', &mut line).await;
         // The moment is taken before the event is looked into.
         let now = SystemTime::now();
-        assert!(read > 0, "the API server ended the watch: nothing more can be measured");
-        note(pods, &serde_json::from_slice(&line).unwrap(), now);
+        if !read.is_ok_and(|length| length > 0) {
+            return;
+        }
+        let event: Value = serde_json::from_slice(&line).unwrap();
+        assert_ne!(event["type"], "ERROR", "the watch cannot go on: {}", event["object"]);
+        event["object"]["metadata"]["resourceVersion"].as_str().unwrap_or_default().clone_into(version);
+        if event["type"] != "BOOKMARK" {
+            note(pods, &event, now);
+        }
     }
 }
 
