@@ -104,8 +104,7 @@ async fn follow(pods: &Pods) {
 /// Notes events until the API server ends the watch; `version` is what was seen last.
 async fn one_watch(client: &Client, pods: &Pods, version: &mut String) {
     // A whole run takes less than these two hours.
-    let path =
-        format!("/api/v1/pods?watch=1&timeoutSeconds=7200&allowWatchBookmarks=1&resourceVersion={version}");
+    let path = format!("/api/v1/pods?watch=1&timeoutSeconds=7200&resourceVersion={version}");
     let request = http::Request::get(path).body(Vec::new()).unwrap();
     let mut lines = std::pin::pin!(client.request_stream(request).await.unwrap());
     let mut line = Vec::new();
@@ -120,9 +119,7 @@ async fn one_watch(client: &Client, pods: &Pods, version: &mut String) {
         let event: Value = serde_json::from_slice(&line).unwrap();
         assert_ne!(event["type"], "ERROR", "the watch cannot go on: {}", event["object"]);
         event["object"]["metadata"]["resourceVersion"].as_str().unwrap_or_default().clone_into(version);
-        if event["type"] != "BOOKMARK" {
-            note(pods, &event, now);
-        }
+        note(pods, &event, now);
     }
 }
 
