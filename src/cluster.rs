@@ -2,6 +2,7 @@
 //!
 //! [`Kube::load`] reads the kubeconfig without any network; [`Kube::connect`] tries until the API server answers.
 
+mod connecting;
 mod counting;
 pub mod sending;
 
@@ -188,7 +189,7 @@ impl Kube {
     /// # Errors
     /// When certificates or keys of the kubeconfig are no good.
     pub fn client(&self) -> Result<kube::Client, ClusterError> {
-        kube::Client::try_from(self.effective()).map_err(|error| ClusterError::Kubeconfig {
+        connecting::client(&self.effective()).map_err(|error| ClusterError::Kubeconfig {
             source_name: self.source.clone(),
             problem: error.to_string(),
         })
