@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::metrics::{ContainerUsage, PodUsage, Snapshot};
+use super::metrics::{ContainerUsage, Counted, PodUsage, Snapshot};
 use crate::allocation::Roots;
 use crate::allocation::usage::JobMeter;
 use crate::container::usage::{Meter, PgidFiles, Rate, Target, Usage, sample};
@@ -29,14 +29,14 @@ pub struct Usages {
 
 #[derive(Default)]
 struct PodMeters {
-    ended_cpu: Duration,
+    ended: Counted,
     containers: BTreeMap<String, Run>,
 }
 
 struct Run {
     number: u32,
     meter: Meter,
-    cpu: Duration,
+    counted: Counted,
 }
 
 impl Usages {
@@ -69,7 +69,7 @@ impl Usages {
                 let (Some(usage), Some(run)) = (usages.next(), meters.containers.get_mut(name)) else {
                     break;
                 };
-                run.cpu = usage.cpu;
+                run.counted = Counted::of(&usage);
                 pod.containers.push(ContainerUsage {
                     name: name.to_owned(),
                     started_at,
@@ -103,25 +103,29 @@ impl Usages {
             for (name, container) in &view.containers {
                 let old = meters.containers.get(name).filter(|run| run.number != container.restart);
                 if let Some(ended) = old {
-                    meters.ended_cpu += ended.cpu;
+                    meters.ended = meters.ended.and(ended.counted);
                     meters.containers.remove(name);
                 }
                 meters.containers.entry(name.clone()).or_insert_with(|| Run {
                     number: container.restart,
                     meter: Meter::default(),
-                    cpu: Duration::ZERO,
+                    counted: Counted::default(),
                 });
             }
             if running(view).next().is_none() {
                 continue;
             }
+            // A container that waits to run again, or has ended for good, keeps what it used: counters never go down.
+            let still = |name: &String| !running(view).any(|(running, _)| running == name);
+            let still = meters.containers.iter().filter(|(name, _)| still(name));
+            let ended = still.fold(meters.ended, |sum, (_, run)| sum.and(run.counted));
             let meta = &view.pod.metadata;
             let pod = PodUsage {
                 namespace: meta.namespace.clone().unwrap_or_default(),
                 name: meta.name.clone().unwrap_or_default(),
                 uid,
                 started_at: view.admitted.into(),
-                ended_cpu: meters.ended_cpu,
+                ended,
                 containers: Vec::new(),
             };
             pods.push((pod, view.as_ref()));
@@ -169,4 +173,58 @@ fn running(view: &PodView) -> impl Iterator<Item = (&str, SystemTime)> {
         (State::Running { started_at, .. }, Some(_)) => Some((name.as_str(), (*started_at).into())),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::pod::roster::ContainerView;
+    use crate::pod::session::RunHandle;
+
+    fn view(containers: &[(&str, u32, bool)]) -> Arc<PodView> {
+        let container = |(name, restart, runs): &(&str, u32, bool)| {
+            let at = Timestamp::UNIX_EPOCH;
+            let state = if *runs {
+                State::Running { started_at: at, id: String::new() }
+            } else {
+                State::Waiting { reason: "CrashLoopBackOff".to_owned(), message: String::new() }
+            };
+            // Nothing of this process is a container.
+            let run = runs.then(|| RunHandle::new(i32::MAX).0);
+            ((*name).to_owned(), ContainerView { state, last: None, restart: *restart, run })
+        };
+        let pod = serde_json::json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}});
+        Arc::new(PodView {
+            pod: serde_json::from_value(pod).unwrap(),
+            admitted: Timestamp::UNIX_EPOCH,
+            directory: None,
+            containers: containers.iter().map(container).collect(),
+        })
+    }
+
+    #[test]
+    fn a_pods_counters_keep_what_its_ended_containers_used() {
+        let mut usages = Usages::new("n1".to_owned(), SystemTime::UNIX_EPOCH, 0);
+        let mut pod_of = |containers: &[(&str, u32, bool)], c1_used: u64| {
+            usages.last = None;
+            let snapshot = usages.sample(&[view(containers)]);
+            // What a meter would have found.
+            if let Some(run) = usages.pods.get_mut("u").and_then(|pod| pod.containers.get_mut("c1")) {
+                run.counted.cpu += Duration::from_secs(c1_used);
+                run.counted.page_faults += c1_used;
+            }
+            snapshot.pods.first().map(|pod| (pod.ended.cpu.as_secs(), pod.ended.page_faults))
+        };
+        assert_eq!(pod_of(&[("c1", 0, true), ("c2", 0, true)], 5), Some((0, 0)));
+        // It waits to be started again, with its number or the next one's.
+        assert_eq!(pod_of(&[("c1", 0, false), ("c2", 0, true)], 0), Some((5, 5)));
+        assert_eq!(pod_of(&[("c1", 1, false), ("c2", 0, true)], 0), Some((5, 5)));
+        assert_eq!(pod_of(&[("c1", 1, true), ("c2", 0, true)], 2), Some((5, 5)));
+        assert_eq!(pod_of(&[("c1", 1, false), ("c2", 0, true)], 0), Some((7, 7)));
+        // Nothing runs: nothing is told.
+        assert_eq!(pod_of(&[("c1", 1, false), ("c2", 0, false)], 0), None);
+        assert_eq!(pod_of(&[("c1", 1, false), ("c2", 1, true)], 0), Some((7, 7)));
+    }
 }

@@ -44,18 +44,19 @@ pub struct PodUsage {
     pub uid: String,
     /// When it was admitted.
     pub started_at: SystemTime,
-    /// CPU time of runs that are over: a pod's time goes on counting when a container is started again.
-    pub ended_cpu: Duration,
+    /// Of runs that are over: a pod's counters never go down, whatever becomes of its containers.
+    pub ended: Counted,
     /// Its running containers.
     pub containers: Vec<ContainerUsage>,
 }
 
 impl PodUsage {
-    fn cpu(&self) -> Duration {
-        self.containers.iter().fold(self.ended_cpu, |sum, container| sum + container.usage.cpu)
+    /// What it has used since it began.
+    fn counted(&self) -> Counted {
+        self.containers.iter().fold(self.ended, |sum, container| sum.and(Counted::of(&container.usage)))
     }
 
-    /// Its containers' figures added up.
+    /// Its running containers' figures added up.
     fn sum(&self, of: impl Fn(&Usage) -> u64) -> u64 {
         self.containers.iter().map(|container| of(&container.usage)).sum()
     }
@@ -63,6 +64,35 @@ impl PodUsage {
     /// When the last of its containers was measured.
     fn at(&self) -> Option<SystemTime> {
         self.containers.iter().map(|container| container.usage.at).max()
+    }
+}
+
+/// What only ever grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// CPU time.
+    pub cpu: Duration,
+    /// Pages that were mapped.
+    pub page_faults: u64,
+    /// Those that came from a disk.
+    pub major_page_faults: u64,
+}
+
+impl Counted {
+    /// Of one run of a container.
+    #[must_use]
+    pub fn of(usage: &Usage) -> Self {
+        Self { cpu: usage.cpu, page_faults: usage.page_faults, major_page_faults: usage.major_page_faults }
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            cpu: self.cpu + other.cpu,
+            page_faults: self.page_faults + other.page_faults,
+            major_page_faults: self.major_page_faults + other.major_page_faults,
+        }
     }
 }
 
@@ -133,7 +163,7 @@ fn example() -> Snapshot {
             name: "p".into(),
             uid: "0a-1".into(),
             started_at: at(1_700_000_000_000),
-            ended_cpu: Duration::from_secs(10),
+            ended: Counted { cpu: Duration::from_secs(10), page_faults: 100, major_page_faults: 10 },
             containers: vec![
                 container("c1", usage(1, 1_000_000, 4096)),
                 container("c2", usage(2, 2_500_000_007, 50 << 20)),

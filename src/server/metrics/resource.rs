@@ -68,7 +68,7 @@ pub fn render(snapshot: &Snapshot) -> String {
     text.family("pod_cpu_usage_seconds_total", "counter", "CPU time used by the pod, in core-seconds.");
     for (pod, at) in pods() {
         text.pod("pod_cpu_usage_seconds_total", pod);
-        text.value(&seconds(pod.cpu()), Some(at));
+        text.value(&seconds(pod.counted().cpu), Some(at));
     }
     text.family(
         "pod_memory_working_set_bytes",

@@ -206,12 +206,13 @@ fn fs(found: &FileSystem, used: u64, now: SystemTime) -> Fs {
 }
 
 fn pod_stats(pod: &PodUsage, file_system: Option<FileSystem>, all: bool, now: SystemTime) -> PodStats {
+    let counted = pod.counted();
     // A sum of rates is one only when each of them is known.
     let rates = pod.containers.iter().map(|container| container.usage.nano_cores);
     let cpu = pod.at().map(|at| Cpu {
         time: time(at),
         usage_nano_cores: rates.sum(),
-        usage_core_nano_seconds: nanos(pod.cpu()),
+        usage_core_nano_seconds: nanos(counted.cpu),
     });
     let memory = pod.at().map(|at| Memory {
         time: time(at),
@@ -219,8 +220,8 @@ fn pod_stats(pod: &PodUsage, file_system: Option<FileSystem>, all: bool, now: Sy
         usage_bytes: pod.sum(|usage| usage.usage),
         working_set_bytes: pod.sum(|usage| usage.working_set),
         rss_bytes: pod.sum(|usage| usage.rss),
-        page_faults: pod.sum(|usage| usage.page_faults),
-        major_page_faults: pod.sum(|usage| usage.major_page_faults),
+        page_faults: counted.page_faults,
+        major_page_faults: counted.major_page_faults,
     });
     let containers = pod.containers.iter().map(|container| container_stats(container, file_system, now));
     PodStats {
@@ -300,7 +301,7 @@ mod tests {
                     },
                 ],
                 "cpu": cpu(at, 500_000_000, 12_501_000_007),
-                "memory": memory(at, 52_432_896, 52_434_896, 52_432_876, 14, 2),
+                "memory": memory(at, 52_432_896, 52_434_896, 52_432_876, 114, 12),
             }],
         })
     }
