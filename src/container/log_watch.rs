@@ -19,6 +19,9 @@ const POLL: Duration = Duration::from_millis(40);
 /// And where it is: for what it does not tell, such as another host's writes to a shared file system.
 const LOOK: Duration = Duration::from_secs(5);
 
+/// How often a watch is added again because others were removed at the same moment; then the log is polled.
+const TRIES: u32 = 8;
+
 /// Some hundred events at once.
 const EVENTS_BYTES: usize = 16 * 1024;
 
@@ -34,18 +37,29 @@ struct Shared {
     /// By directory.
     watched: HashMap<PathBuf, Weak<Watched>>,
     by_descriptor: HashMap<i32, Weak<Watched>>,
+    /// Watches that were removed until now.
+    removed: u64,
 }
 
 struct Watched {
     descriptor: i32,
     changes: watch::Sender<u64>,
     inotify: Arc<OwnedFd>,
+    owner: Weak<LogWatch>,
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // A directory that is gone has no watch any more.
-        let _ = inotify::remove_watch(&*self.inotify, self.descriptor);
+        let Some(owner) = self.owner.upgrade() else { return };
+        let mut shared = owner.lock();
+        // The kernel gives a directory that is watched the same descriptor again: it may be another's by now.
+        let entry = shared.by_descriptor.get(&self.descriptor);
+        if entry.is_some_and(|entry| std::ptr::eq(entry.as_ptr(), self)) {
+            shared.by_descriptor.remove(&self.descriptor);
+            shared.removed += 1;
+            // A directory that is gone has no watch any more.
+            let _ = inotify::remove_watch(&*self.inotify, self.descriptor);
+        }
     }
 }
 
@@ -80,24 +94,35 @@ impl LogWatch {
     }
 
     fn watched(self: &Arc<Self>, directory: &Path) -> io::Result<Arc<Watched>> {
-        if let Some(watched) = self.lock().watched.get(directory).and_then(Weak::upgrade) {
-            return Ok(watched);
-        }
-        let inotify = self.inotify()?;
         let wanted = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
-        // Not with the lock held: a file system that hangs must not hold up those who are told.
-        let descriptor = inotify::add_watch(&*inotify, directory, wanted)?;
-        let mut shared = self.lock();
-        // Another follower may have been quicker; the kernel gives both the same watch.
-        if let Some(watched) = shared.watched.get(directory).and_then(Weak::upgrade) {
+        for _ in 0..TRIES {
+            let removed = {
+                let shared = self.lock();
+                if let Some(watched) = shared.watched.get(directory).and_then(Weak::upgrade) {
+                    return Ok(watched);
+                }
+                shared.removed
+            };
+            let inotify = self.inotify()?;
+            // Not with the lock held: a file system that hangs must not hold up those who are told.
+            let descriptor = inotify::add_watch(&*inotify, directory, wanted)?;
+            let mut shared = self.lock();
+            if shared.removed != removed {
+                // What was removed in between may have been this directory's watch.
+                continue;
+            }
+            // Another follower may have been quicker; the kernel gives both the same watch.
+            if let Some(watched) = shared.watched.get(directory).and_then(Weak::upgrade) {
+                return Ok(watched);
+            }
+            let owner = Arc::downgrade(self);
+            let watched = Arc::new(Watched { descriptor, changes: watch::Sender::new(0), inotify, owner });
+            shared.watched.retain(|_, watched| watched.strong_count() > 0);
+            shared.watched.insert(directory.to_owned(), Arc::downgrade(&watched));
+            shared.by_descriptor.insert(descriptor, Arc::downgrade(&watched));
             return Ok(watched);
         }
-        let watched = Arc::new(Watched { descriptor, changes: watch::Sender::new(0), inotify });
-        shared.watched.retain(|_, watched| watched.strong_count() > 0);
-        shared.by_descriptor.retain(|_, watched| watched.strong_count() > 0);
-        shared.watched.insert(directory.to_owned(), Arc::downgrade(&watched));
-        shared.by_descriptor.insert(descriptor, Arc::downgrade(&watched));
-        Ok(watched)
+        Err(io::Error::other(format!("watches were removed {TRIES} times while one was to be added")))
     }
 
     fn inotify(self: &Arc<Self>) -> io::Result<Arc<OwnedFd>> {
@@ -119,11 +144,14 @@ async fn tell(watch: Weak<LogWatch>, mut events: pipe::Receiver) {
     let mut bytes = vec![0; EVENTS_BYTES];
     while let Ok(n) = events.read(&mut bytes).await {
         let Some(watch) = watch.upgrade() else { return };
-        let shared = watch.lock();
-        for descriptor in descriptors(&bytes[..n]) {
-            if let Some(watched) = shared.by_descriptor.get(&descriptor).and_then(Weak::upgrade) {
-                watched.changes.send_modify(|n| *n = n.wrapping_add(1));
-            }
+        let told: Vec<_> = {
+            let shared = watch.lock();
+            let by_descriptor = |wd| shared.by_descriptor.get(&wd).and_then(Weak::upgrade);
+            descriptors(&bytes[..n]).into_iter().filter_map(by_descriptor).collect()
+        };
+        // Not with the lock held: whoever lets go of the last of one removes it.
+        for watched in told {
+            watched.changes.send_modify(|n| *n = n.wrapping_add(1));
         }
     }
 }
@@ -175,5 +203,29 @@ mod tests {
         let other = tempfile::tempdir().unwrap();
         let _three = all.follow(other.path());
         assert_eq!(all.lock().watched.len(), 1);
+        assert_eq!(all.lock().by_descriptor.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_watch_of_one_that_goes_is_not_taken_from_one_that_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = LogWatch::new();
+        let old = all.follow(dir.path());
+        let (old, _) = old.watched.unwrap();
+        let (descriptor, inotify) = (old.descriptor, Arc::clone(&old.inotify));
+        // As where the new one was added after nobody held the old one, and before that was removed.
+        let new = Arc::new(Watched {
+            descriptor,
+            changes: watch::Sender::new(0),
+            inotify,
+            owner: Arc::downgrade(&all),
+        });
+        all.lock().by_descriptor.insert(descriptor, Arc::downgrade(&new));
+        drop(old);
+        let mut changes = LogChanges { watched: Some((Arc::clone(&new), new.changes.subscribe())) };
+        let start = tokio::time::Instant::now();
+        std::fs::write(dir.path().join("0.log"), "x").unwrap();
+        changes.changed().await;
+        assert!(start.elapsed() < LOOK / 2);
     }
 }
