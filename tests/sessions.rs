@@ -42,6 +42,7 @@ impl Bed {
             log_limits: LogLimits::default(),
             session,
             oom_score_adj: None,
+            open_files: None,
             orphan_timeout: SOON,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -54,6 +54,7 @@ impl Bed {
             log_limits: LogLimits::default(),
             session: Session::Own,
             oom_score_adj: None,
+            open_files: None,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -14,6 +14,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, setsid};
@@ -105,6 +106,12 @@ fn become_container(launch: &Launch, given: Option<OwnedFd>, keep: RawFd) -> Res
     if let Some(adjustment) = launch.oom_score_adj {
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
+    }
+    if let Some(limit) = launch.open_files {
+        let (_, hard) =
+            getrlimit(Resource::RLIMIT_NOFILE).map_err(other("reading the limit of open files"))?;
+        setrlimit(Resource::RLIMIT_NOFILE, limit.min(hard), hard)
+            .map_err(other("setting the limit of open files"))?;
     }
     set_stdin(launch.stdin, given)?;
     close_inherited(keep);

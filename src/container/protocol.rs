@@ -74,6 +74,9 @@ pub struct ContainerSpec {
     pub session: Session,
     /// The kernel's choice when memory runs out (proc(5)); raised only.
     pub oom_score_adj: Option<i32>,
+    /// How many descriptors a process may have, where that is not what the pilot has (the soft RLIMIT_NOFILE).
+    #[serde(default)]
+    pub open_files: Option<u64>,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -297,6 +300,7 @@ pub(super) struct Launch {
     pub log: Option<PathBuf>,
     pub session: Session,
     pub oom_score_adj: Option<i32>,
+    pub open_files: Option<u64>,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
 }
@@ -344,6 +348,7 @@ mod tests {
             log_limits: LogLimits::default(),
             session: Session::Own,
             oom_score_adj: None,
+            open_files: None,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

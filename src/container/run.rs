@@ -90,6 +90,7 @@ pub(super) struct Surroundings {
     pub(super) working_dir: PathBuf,
     pub(super) session: Session,
     pub(super) oom_score_adj: Option<i32>,
+    pub(super) open_files: Option<u64>,
 }
 
 /// A container that was started.
@@ -129,6 +130,7 @@ impl Running {
             working_dir: spec.working_dir.clone(),
             session: spec.session,
             oom_score_adj: spec.oom_score_adj,
+            open_files: spec.open_files,
         };
         let ends = Ends::make(spec.stdio)?;
         let mut env = spec.env;
@@ -143,6 +145,7 @@ impl Running {
             log: Some(spec.log),
             session: spec.session,
             oom_score_adj: spec.oom_score_adj,
+            open_files: spec.open_files,
             stdin: ends.kind,
         };
         let (socket, outputs) = launcher.launch(&launch, ends.theirs.as_ref())?;

@@ -217,6 +217,7 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         log: None,
         session: surroundings.session,
         oom_score_adj: surroundings.oom_score_adj,
+        open_files: surroundings.open_files,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
     };
     let (socket, _) = launcher.launch(&launch, Some(&stdin))?;

@@ -25,13 +25,36 @@ const ON_DISK: usize = 4;
 
 static DISK: Semaphore = Semaphore::const_new(ON_DISK);
 
+/// How many of those who only read (logs for kubectl, sizes for metrics) are at work at once: a quarter of the threads, and
+/// never those of pods that start or end.
+const READING: usize = 2;
+
+static READERS: Semaphore = Semaphore::const_new(READING);
+
 /// Works on the pods directory, in a thread that may be held up, after those that were there before.
 ///
 /// # Errors
 /// When the work panics or the runtime ends.
 pub async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, JoinError> {
+    in_turn(&DISK, work).await
+}
+
+/// As [`on_disk`], for whom no pod waits: two hundred followers of logs hold up no pod's start.
+///
+/// # Errors
+/// When the work panics or the runtime ends.
+pub async fn reading_disk<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    in_turn(&READERS, work).await
+}
+
+async fn in_turn<T: Send + 'static>(
+    room: &'static Semaphore,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
     // The semaphore is never closed. The thread holds the permit: whoever waits for it may have given up.
-    let permit = DISK.acquire().await;
+    let permit = room.acquire().await;
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
         work()
@@ -129,6 +152,8 @@ pub struct Policy {
     pub orphan_timeout: Duration,
     /// How long a container's end is held back, to see whether the allocation ended too (PBS signals both).
     pub hold_end: Duration,
+    /// The limit of open files that containers get back, where the pilot raised its own.
+    pub open_files: Option<u64>,
 }
 
 impl Places {

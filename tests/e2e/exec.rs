@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::harness::{
-    Ended, Kubectl, Namespace, Options, Pilot, Terminal, Way, bed, container, pod_spec, seconds,
+    Ended, Kubectl, Namespace, Options, Pilot, Terminal, Way, api, bed, container, pod_spec, seconds,
     shared_directory, wait_until,
 };
 
@@ -132,6 +132,15 @@ fn exec_enters_the_containers_environment_and_directory() {
             |line: &&str| !["_=", "SHLVL=", "PWD=", "OLDPWD="].iter().any(|name| line.starts_with(name));
         text.lines().filter(own).map(str::to_owned).collect()
     };
+    // The pilot's own limit is higher, and is not theirs.
+    let open_files = |stage: &str| {
+        let pid = *pilot.stages(stage).first().expect("it runs");
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()
+    };
+    let (theirs, own) = (open_files("run"), open_files("pilot"));
+    assert!(own >= theirs && own >= 4096, "{theirs}, {own}");
     for name in ["c1", "c2"] {
         let ended = exec(&namespace, &["p", "-c", name], &["bash", "-c", "pwd; ulimit -Sn; env"]);
         let mut command = bed().kubectl_within(&namespace.name, 60);
@@ -140,6 +149,7 @@ fn exec_enters_the_containers_environment_and_directory() {
         assert_eq!(ended.text().contains("COLOR=deep blue\n"), name == "c1", "{}", ended.text());
         let directory = pilot.pod_directory("p").join("containers").join(name);
         assert!(ended.text().starts_with(directory.to_str().unwrap()), "{}", ended.text());
+        assert!(ended.text().contains(&format!("\n{theirs}\n")), "{theirs}: {}", ended.text());
     }
 }
 
@@ -225,7 +235,7 @@ fn what_exec_started_is_gone_with_its_container_and_an_ended_one_is_not_entered(
     wait_until("nothing is left of them", seconds(10), || sleeps() == 0);
     wait_until("an exec is refused", SLOW, || {
         let ended = exec(&namespace, &["p", "-c", "c1"], &["true"]);
-        ended.code != 0 && ended.stderr.contains(r#"container "c1" in pod "p" is not running"#)
+        ended.code != 0 && ended.stderr.contains(r#"container not found ("c1")"#)
     });
     assert_eq!(exec(&namespace, &["p", "-c", "c2"], &["true"]).code, 0, "the other one goes on");
 }
@@ -245,13 +255,34 @@ fn what_a_client_that_is_killed_has_started_ends() {
 fn attach_reaches_a_containers_own_input_and_output_and_leaves_it_running() {
     let namespace = Namespace::new("attach");
     let pilot = Pilot::local(Options::new("attach"), 600);
+    attach_works(&Way::default(), &namespace, &pilot);
+    // The API server passes the WebSocket on, where the Node says that it takes one.
+    let status = api::cluster("nodes").get(&pilot.node).expect("it is there")["status"].clone();
+    assert_eq!(status["declaredFeatures"], json!(["ExtendWebSocketsToKubelet"]), "{status}");
+    let output = pilot.output();
+    assert_eq!(joined(&output, "attach", "WebSocket", "v5.channel.k8s.io"), 2, "{output}");
+}
+
+/// How many sessions of this kind came that way.
+pub fn joined(output: &str, action: &str, transport: &str, protocol: &str) -> usize {
+    let fields = [
+        "a user joins a container".to_owned(),
+        format!("action=\"{action}\""),
+        format!("transport=\"{transport}\""),
+        format!("protocol=\"{protocol}\""),
+    ];
+    output.lines().filter(|line| fields.iter().all(|field| line.contains(field))).count()
+}
+
+/// Two clients see what a container writes and give it input, which ends with neither of them.
+pub fn attach_works(way: &Way, namespace: &Namespace, pilot: &Pilot) {
     let script = "while read -r line; do echo \"got $line\"; echo \"error $line\" >&2; [ $line != quit ] || exit 0; done\n";
-    namespace.config_map("p", &[("run.sh", script)]);
-    let mut with = container("c1", "p");
+    namespace.config_map("attached", &[("run.sh", script)]);
+    let mut with = container("c1", "attached");
     with["stdin"] = json!(true);
-    namespace.pod_on(&pilot, "p", pod_spec("Never", &[with]));
-    namespace.wait_phase("p", "Running", seconds(30));
-    let attach = || Kubectl::start(bed().kubectl_within(&namespace.name, 120).args(["attach", "-i", "p"]));
+    namespace.pod_on(pilot, "attached", pod_spec("Never", &[with]));
+    namespace.wait_phase("attached", "Running", seconds(30));
+    let attach = || Kubectl::start(way.kubectl(&namespace.name).args(["attach", "-i", "attached"]));
     let mut first = attach();
     first.say("one\n");
     first.wait_text("got one\n", SLOW);
@@ -268,8 +299,8 @@ fn attach_reaches_a_containers_own_input_and_output_and_leaves_it_running() {
     let ended = second.wait_end(SLOW);
     assert_eq!(ended.code, 0, "{}", ended.said());
     assert!(ended.text().ends_with("got quit\n"), "{}", ended.text());
-    namespace.wait_phase("p", "Succeeded", seconds(30));
-    let logged = Kubectl::run(bed().kubectl_within(&namespace.name, 60).args(["logs", "p"]), SLOW);
+    namespace.wait_phase("attached", "Succeeded", seconds(30));
+    let logged = Kubectl::run(way.kubectl(&namespace.name).args(["logs", "attached"]), SLOW);
     let outputs: Vec<_> =
         logged.text().lines().filter(|line| line.starts_with("got")).map(str::to_owned).collect();
     assert_eq!(outputs, ["got one", "got two", "got quit"]);

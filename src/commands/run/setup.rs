@@ -186,6 +186,23 @@ pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
     Ok(())
 }
 
+/// Descriptors that a pilot wants: 300 connections to the Node's API with a log or a session each, 200 forwarded ones, and
+/// two a container. The soft limit is mostly 1024, for the sake of programs that use select(2); the hard one is higher.
+const OPEN_FILES: u64 = 8192;
+
+/// Raises this process's soft limit of open files. What it was is returned where it changed: containers get it back.
+fn raise_open_files() -> Option<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let wanted = OPEN_FILES.min(hard);
+    if soft >= wanted {
+        return None;
+    }
+    // Where it is refused, connections are refused when there is no descriptor for them.
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).ok()?;
+    Some(soft)
+}
+
 /// What a process must be before it is a pilot: unreadable to other processes of the user, and the one to whom the
 /// processes of a dead supervisor come.
 ///
@@ -418,7 +435,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         draining,
         roster: Arc::default(),
         metrics,
-        policy: policy(allocation.batch),
+        policy: Policy { open_files: raise_open_files(), ..policy(allocation.batch) },
         ports,
         output: None,
     });
@@ -467,6 +484,7 @@ pub(in crate::commands) fn policy(batch: BatchSystem) -> Policy {
         session: if pbs { Session::Shared } else { Session::Own },
         orphan_timeout: ORPHAN_TIMEOUT,
         hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
+        open_files: None,
     }
 }
 

@@ -427,6 +427,7 @@ pub fn spec(
         log_limits: LogLimits::default(),
         session: context.policy.session,
         oom_score_adj: Some(OOM_SCORE_ADJ),
+        open_files: context.policy.open_files,
         orphan_timeout: context.policy.orphan_timeout,
         drain_at: drain,
         grace: super::own_grace(pod),
