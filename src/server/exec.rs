@@ -12,9 +12,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
-use super::body::{Answer, text};
+use super::body::{Answer, typed};
 use super::find::Refused;
-use super::streams::remote_command::{self, Negotiated, RemoteCommand, Status, Streams};
+use super::streams::remote_command::{self, Negotiated, RemoteCommand, Status};
 use super::streams::{Closed, Settings, StreamReader};
 use crate::container::{ExecStdio, terminal};
 use crate::pod::session::{Exec, Gone, REST_LIMIT, RunHandle, run_to_end};
@@ -22,8 +22,9 @@ use crate::pod::session::{Exec, Gone, REST_LIMIT, RunHandle, run_to_end};
 /// One read of a program's output.
 const READ_BYTES: usize = 64 * 1024;
 
-/// A pipe's buffer: what an ordinary user may ask for (/proc/sys/fs/pipe-max-size, pipe(7)); the default is 64 KiB.
-const PIPE_BYTES: usize = 1 << 20;
+/// A pipe's buffer; the default is 64 KiB. The pipes of one user together have 64 MiB (pipe-user-pages-soft, pipe(7)); with
+/// that used up, every new one, a pod's `a | b` too, has two pages. All sessions' two pipes are 40 MiB of it.
+const PIPE_BYTES: usize = 256 << 10;
 
 /// What `/run` answers with at most: it is held in memory until the program has ended.
 const RUN_BYTES: usize = 1 << 20;
@@ -31,26 +32,33 @@ const RUN_BYTES: usize = 1 << 20;
 /// How long a program whose client is gone may take to end by SIGHUP before it is killed.
 const HANG_UP: Duration = Duration::from_secs(2);
 
-/// Answers a request for exec with 101 and goes on beside it.
+/// The command that a query names.
 ///
 /// # Errors
-/// When it asks for what cannot be.
-pub fn exec(
-    request: Request<Incoming>,
-    run: RunHandle,
-    who: String,
-    room: OwnedSemaphorePermit,
-) -> Result<Response<Answer>, Refused> {
-    let query = request.uri().query();
+/// When it names none.
+pub fn command(query: Option<&str>) -> Result<Vec<String>, Refused> {
     let command: Vec<String> =
         super::find::query(query).filter(|(name, _)| name == "command").map(|(_, value)| value).collect();
     if command.is_empty() {
         return Err(Refused::new(StatusCode::BAD_REQUEST, "you must specify a command"));
     }
-    upgrade(request, room, move |session, streams| async move {
+    Ok(command)
+}
+
+/// Answers a request for exec with 101 and goes on beside it.
+pub fn exec(
+    request: Request<Incoming>,
+    negotiated: Negotiated,
+    run: RunHandle,
+    command: Vec<String>,
+    who: String,
+    room: OwnedSemaphorePermit,
+) -> Response<Answer> {
+    let tty = negotiated.streams.tty;
+    upgrade(request, negotiated, room, move |session| async move {
         let RemoteCommand { stdin, stdout, stderr, resize, status, closed } = session;
         let client = Client { stdin, stdout: boxed(stdout), stderr: boxed(stderr), resize, closed };
-        let end = if streams.tty {
+        let end = if tty {
             in_terminal(&run, command, client).await
         } else {
             in_pipes(&run, command, client).await
@@ -62,15 +70,13 @@ pub fn exec(
 }
 
 /// Answers a request for attach with 101 and goes on beside it.
-///
-/// # Errors
-/// When it asks for what cannot be.
 pub fn attach(
     request: Request<Incoming>,
+    negotiated: Negotiated,
     run: RunHandle,
     room: OwnedSemaphorePermit,
-) -> Result<Response<Answer>, Refused> {
-    upgrade(request, room, move |session, _| async move {
+) -> Response<Answer> {
+    upgrade(request, negotiated, room, move |session| async move {
         let RemoteCommand { stdin, stdout, stderr, mut resize, status, closed } = session;
         let sizes = run.clone();
         let sizes = tokio::spawn(async move {
@@ -99,7 +105,8 @@ pub async fn run(query: Option<&str>, container: &RunHandle) -> Result<Response<
         run_to_end(container, argv, RUN_BYTES).await.map_err(|error| failed(error.to_string()))?;
     let output = String::from_utf8_lossy(&output).into_owned();
     match end {
-        Ok(0) => Ok(text(StatusCode::OK, output)),
+        // A kubelet's writeJSONResponse says so of any text.
+        Ok(0) => Ok(typed(StatusCode::OK, "application/json", output)),
         Ok(code) => Err(failed(format!("command exited with {code}: {output}"))),
         Err(error) => Err(failed(error.to_string())),
     }
@@ -120,17 +127,13 @@ struct Client {
     closed: Closed,
 }
 
-/// Judges the request, answers it, and runs `session` on the upgraded connection.
+/// Answers the request, and runs `session` on the upgraded connection.
 fn upgrade<F: Future<Output = ()> + Send>(
     mut request: Request<Incoming>,
+    negotiated: Negotiated,
     room: OwnedSemaphorePermit,
-    session: impl FnOnce(RemoteCommand, Streams) -> F + Send + 'static,
-) -> Result<Response<Answer>, Refused> {
-    let query = request.uri().query().map(str::to_owned);
-    let negotiated = match remote_command::negotiate(request.method(), request.headers(), query.as_deref()) {
-        Ok(negotiated) => negotiated,
-        Err(refusal) => return Ok(refusal.response()),
-    };
+    session: impl FnOnce(RemoteCommand) -> F + Send + 'static,
+) -> Response<Answer> {
     let response = negotiated.response();
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
@@ -139,18 +142,17 @@ fn upgrade<F: Future<Output = ()> + Send>(
             tracing::info!(%error, "a client's session could not begin");
         }
     });
-    Ok(response)
+    response
 }
 
 async fn converse<F: Future<Output = ()> + Send>(
     upgraded: hyper::upgrade::OnUpgrade,
     negotiated: Negotiated,
-    session: impl FnOnce(RemoteCommand, Streams) -> F + Send + 'static,
+    session: impl FnOnce(RemoteCommand) -> F + Send + 'static,
 ) -> Result<(), String> {
     let connection = upgraded.await.map_err(|error| error.to_string())?;
-    let streams = negotiated.streams;
     let accepted = negotiated.accept(TokioIo::new(connection), Settings::REMOTE_COMMAND).await;
-    session(accepted.map_err(|error| error.to_string())?, streams).await;
+    session(accepted.map_err(|error| error.to_string())?).await;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::body::Answer;
 use super::streams::Settings;
-use super::streams::port_forward::{self, ForwardedStream};
+use super::streams::port_forward::{ForwardedStream, Negotiated};
 
 /// One copy: what a kubelet's io.Copy moves at once.
 const COPY_BYTES: usize = 32 * 1024;
@@ -21,14 +21,10 @@ const COPY_BYTES: usize = 32 * 1024;
 /// Answers with 101 and forwards beside it until the client goes or the pod has ended.
 pub fn port_forward(
     mut request: Request<Incoming>,
+    negotiated: Negotiated,
     room: OwnedSemaphorePermit,
     over: impl Future<Output = ()> + Send + 'static,
 ) -> Response<Answer> {
-    let query = request.uri().query().map(str::to_owned);
-    let negotiated = match port_forward::negotiate(request.method(), request.headers(), query.as_deref()) {
-        Ok(negotiated) => negotiated,
-        Err(refusal) => return refusal.response(),
-    };
     let response = negotiated.response();
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {

@@ -19,8 +19,13 @@ use x509_cert::der::Decode as _;
 /// How long a token that was known stays known: kubelet's authentication.webhook.cacheTTL.
 const KNOWN: Duration = Duration::from_secs(120);
 
-/// How long one that was not known is not asked for again.
-const UNKNOWN: Duration = Duration::from_secs(10);
+/// How long one that was not known is not asked for again: a kubelet's cache has one time for both (apiserver
+/// `authenticatorfactory/delegating.go`).
+const UNKNOWN: Duration = KNOWN;
+
+/// How long a token that was known is asked about again before any that nobody has seen: those who scrape and follow come
+/// more often, and a flood of made-up tokens does not shut them out.
+const TRUSTED: Duration = Duration::from_secs(3600);
 
 /// Tokens that are remembered; the oldest is forgotten for a new one.
 const REMEMBERED: usize = 1024;
@@ -94,8 +99,11 @@ impl Bucket {
 }
 
 struct Remembered {
-    until: Instant,
     user: Option<User>,
+    /// When the API server is asked again.
+    until: Instant,
+    /// When it is as if it had never been seen.
+    forgotten: Instant,
 }
 
 impl Authenticator {
@@ -131,7 +139,7 @@ impl Authenticator {
             return Ok(user);
         }
         match bearer(headers) {
-            Some(token) => self.by_token(token).await,
+            Some(token) => self.by_token(token, Instant::now()).await,
             None => Err(Unknown::Unauthorized),
         }
     }
@@ -143,29 +151,37 @@ impl Authenticator {
         user_of_certificate(first)
     }
 
-    async fn by_token(&self, token: &str) -> Result<User, Unknown> {
+    async fn by_token(&self, token: &str, now: Instant) -> Result<User, Unknown> {
         let key = digest(token);
-        let now = Instant::now();
-        let remembered = self.tokens().get(&key).filter(|r| r.until > now).map(|r| r.user.clone());
-        if let Some(user) = remembered {
-            return user.ok_or(Unknown::Unauthorized);
-        }
-        if !self.new.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
+        let trusted = {
+            let tokens = self.tokens();
+            let remembered = tokens.get(&key).filter(|r| r.forgotten > now);
+            if let Some(fresh) = remembered.filter(|r| r.until > now) {
+                return fresh.user.clone().ok_or(Unknown::Unauthorized);
+            }
+            remembered.is_some_and(|r| r.user.is_some())
+        };
+        if !trusted && !self.new.lock().unwrap_or_else(PoisonError::into_inner).take(now) {
             return Err(Unknown::TooMany);
         }
         let user = self.review(token).await?;
-        let until = now + if user.is_some() { KNOWN } else { UNKNOWN };
+        self.remember(key, user.clone(), now);
+        user.ok_or(Unknown::Unauthorized)
+    }
+
+    fn remember(&self, key: [u8; 32], user: Option<User>, now: Instant) {
+        let (until, forgotten) =
+            if user.is_some() { (now + KNOWN, now + TRUSTED) } else { (now + UNKNOWN, now + UNKNOWN) };
         let mut tokens = self.tokens();
         if tokens.len() >= REMEMBERED {
-            tokens.retain(|_, r| r.until > now);
+            tokens.retain(|_, r| r.forgotten > now);
         }
         if tokens.len() >= REMEMBERED {
             // A flood of tokens that nobody knows must not push out those that are known.
             let victim = tokens.iter().min_by_key(|(_, r)| (r.user.is_some(), r.until)).map(|(key, _)| *key);
             victim.and_then(|key| tokens.remove(&key));
         }
-        tokens.insert(key, Remembered { until, user: user.clone() });
-        user.ok_or(Unknown::Unauthorized)
+        tokens.insert(key, Remembered { user, until, forgotten });
     }
 
     async fn review(&self, token: &str) -> Result<Option<User>, Unknown> {
@@ -239,7 +255,10 @@ fn digest(token: &str) -> [u8; 32] {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
+    use crate::cluster::stand_in::client_of;
     use http::HeaderValue;
 
     #[test]
@@ -256,6 +275,89 @@ mod tests {
         }
         assert_eq!(with(&format!("Bearer {}", "x".repeat(TOKEN_BYTES + 1))), None);
         assert_eq!(bearer(&HeaderMap::new()), None);
+    }
+
+    /// Who knows tokens that begin with `good`, and how often it was asked.
+    fn api_server() -> (Authenticator, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let client = client_of(move |_, path, body| {
+            assert_eq!(path, "/apis/authentication.k8s.io/v1/tokenreviews?");
+            counted.fetch_add(1, Ordering::Relaxed);
+            let mut review: serde_json::Value = serde_json::from_str(body).unwrap();
+            let token = review["spec"]["token"].as_str().unwrap().to_owned();
+            review["status"] = if token.starts_with("good") {
+                serde_json::json!({"authenticated": true, "user": {"username": token, "groups": ["g"]}})
+            } else {
+                serde_json::json!({"authenticated": false})
+            };
+            (201, review)
+        });
+        (Authenticator::new(&[], client).unwrap(), asked)
+    }
+
+    #[tokio::test]
+    async fn a_token_is_asked_about_once_in_two_minutes_known_or_not() {
+        let (authenticator, asked) = api_server();
+        let begin = Instant::now();
+        let at = |seconds: u64| begin + Duration::from_secs(seconds);
+        for second in [0, 60, 119] {
+            let user = authenticator.by_token("good", at(second)).await.unwrap();
+            assert_eq!((user.name.as_str(), user.groups), ("good", vec!["g".to_owned()]));
+            assert_eq!(authenticator.by_token("bad", at(second)).await, Err(Unknown::Unauthorized));
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        authenticator.by_token("good", at(121)).await.unwrap();
+        let _ = authenticator.by_token("bad", at(121)).await;
+        assert_eq!(asked.load(Ordering::Relaxed), 4);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_made_up_tokens_is_slowed_down_and_shuts_nobody_out() {
+        let (authenticator, asked) = api_server();
+        let begin = Instant::now();
+        authenticator.by_token("good", begin).await.unwrap();
+        let mut turned_away = 0;
+        for number in 0..2000 {
+            let answer = authenticator.by_token(&format!("bad{number}"), begin).await;
+            turned_away += usize::from(answer == Err(Unknown::TooMany));
+        }
+        // Twenty at once, one of them the good one.
+        assert_eq!((asked.load(Ordering::Relaxed), turned_away), (20, 2000 - 19));
+        // The bucket is empty; who was known before is asked about all the same, for an hour.
+        let later = begin + KNOWN + Duration::from_millis(1);
+        for number in 0..2000 {
+            let _ = authenticator.by_token(&format!("worse{number}"), later).await;
+        }
+        assert_eq!(authenticator.by_token("worse", later).await, Err(Unknown::TooMany));
+        assert_eq!(authenticator.by_token("good-but-new", later).await, Err(Unknown::TooMany));
+        authenticator.by_token("good", later).await.unwrap();
+        // Ten a second.
+        let next = later + Duration::from_secs(1);
+        let mut asked_about = 0;
+        for number in 0..50 {
+            let answer = authenticator.by_token(&format!("worst{number}"), next).await;
+            asked_about += usize::from(answer == Err(Unknown::Unauthorized));
+        }
+        assert_eq!(asked_about, 10);
+        let hours_later = next + TRUSTED + Duration::from_secs(1);
+        for number in 0..20 {
+            let _ = authenticator.by_token(&format!("other{number}"), hours_later).await;
+        }
+        assert_eq!(authenticator.by_token("good", hours_later).await, Err(Unknown::TooMany));
+    }
+
+    #[tokio::test]
+    async fn tokens_that_nobody_knows_push_out_each_other_and_none_that_is_known() {
+        let (authenticator, asked) = api_server();
+        let begin = Instant::now();
+        authenticator.remember(digest("good"), Some(User::default()), begin);
+        for number in 0..2 * REMEMBERED {
+            authenticator.remember(digest(&format!("bad{number}")), None, begin);
+        }
+        assert_eq!(authenticator.tokens().len(), REMEMBERED);
+        authenticator.by_token("good", begin).await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 0);
     }
 
     fn certificate(

@@ -14,7 +14,7 @@ use super::body::{Answer, text};
 use super::find::Refused;
 use crate::container::log_reader::{Formatter, LogOptions, LogReader};
 use crate::container::log_watch::LogWatch;
-use crate::pod::context::on_disk;
+use crate::pod::context::reading_disk;
 use crate::pod::roster::{ContainerView, PodView, Roster};
 use crate::pod::status::{State, container_id};
 
@@ -39,10 +39,9 @@ impl LogRequest {
     /// 400 for what cannot be read, 422 for what makes no sense: as a kubelet.
     pub fn parse(query: Option<&str>, now: Timestamp) -> Result<Self, Refused> {
         let undecodable = |name: &str, value: &str| {
-            Refused::new(
-                StatusCode::BAD_REQUEST,
-                format!("Unable to decode query: {name}: invalid value {value:?}"),
-            )
+            // A kubelet's text, braces and all; the API server judges before it and says more.
+            Refused::new(StatusCode::BAD_REQUEST, r#"{"message": "Unable to decode query."}"#)
+                .because(format!("{name}: invalid value {value:?}"))
         };
         let mut request = Self::default();
         let mut since_seconds = None;
@@ -68,20 +67,15 @@ impl LogRequest {
                     since_time = Some(value.parse::<Timestamp>().map_err(|_| undecodable(&name, &value))?);
                 }
                 "stream" if value != "All" => {
-                    return Err(Refused::new(
-                        StatusCode::BAD_REQUEST,
-                        format!("stream {value:?}: only All is served"),
-                    ));
+                    let message = format!("stream {value:?}: only All is served");
+                    return Err(Refused::new(StatusCode::BAD_REQUEST, message));
                 }
                 _ => {}
             }
         }
         request.options.since = match (since_seconds, since_time) {
             (Some(_), Some(_)) => {
-                return Err(Refused::new(
-                    StatusCode::UNPROCESSABLE_ENTITY,
-                    "at most one of `sinceTime` or `sinceSeconds` may be specified",
-                ));
+                return Err(invalid("at most one of `sinceTime` or `sinceSeconds` may be specified"));
             }
             (Some(seconds), None) => {
                 let ago = jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
@@ -94,12 +88,15 @@ impl LogRequest {
 }
 
 fn at_least(name: &str, value: i64, least: u64) -> Result<u64, Refused> {
-    u64::try_from(value).ok().filter(|value| *value >= least).ok_or_else(|| {
-        Refused::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            format!("{name}: Invalid value: {value}: must be greater than or equal to {least}"),
-        )
-    })
+    u64::try_from(value)
+        .ok()
+        .filter(|value| *value >= least)
+        .ok_or_else(|| invalid(format!("{name}: {value}: must be greater than or equal to {least}")))
+}
+
+/// A query that can be read and makes no sense.
+fn invalid(detail: impl Into<String>) -> Refused {
+    Refused::new(StatusCode::UNPROCESSABLE_ENTITY, r#"{"message": "Invalid request."}"#).because(detail)
 }
 
 /// The number of the run whose log is meant, of a container in a pod of this name and uid.
@@ -196,7 +193,7 @@ async fn send(
     let lost = |error: tokio::task::JoinError| std::io::Error::other(error.to_string());
     let (tail, watch, follow) = (request.options.tail, Arc::clone(&source.watch), request.follow);
     // Before the first read: what is written between that and the wait is told.
-    let begin = on_disk(move || {
+    let begin = reading_disk(move || {
         let changes = follow.then(|| watch.follow(path.parent().unwrap_or_else(|| Path::new("/"))));
         let (reader, skip) = match tail {
             Some(tail) => LogReader::at_tail(path, tail)?,
@@ -213,7 +210,7 @@ async fn send(
         // Until its end.
         loop {
             let mut shown = spare.take();
-            let read = on_disk(move || {
+            let read = reading_disk(move || {
                 let mut end = false;
                 while shown.len() < PIECE_BYTES && !formatter.is_full() {
                     match reader.read() {

@@ -8,63 +8,51 @@ mod exec;
 mod find;
 mod forward;
 pub mod identity;
+mod listener;
 mod logs;
 pub mod metrics;
 mod pages;
+mod refusals;
 pub mod rights;
 mod route;
 pub mod streams;
 pub mod tls;
 mod usage;
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::io::Errno;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 
 use self::body::{Answer, text};
 use self::find::Refused;
 use self::identity::{Authenticator, Unknown, User};
-
-use self::rights::{Authorizer, forbidden};
+use self::listener::{Guest, Strangers, keep_alive};
+use self::refusals::Refusals;
+use self::rights::{Authorizer, authorization_error, forbidden};
 use self::route::{PodPath, Route, attributes, route};
+use self::streams::{port_forward, remote_command};
 use crate::container::log_watch::LogWatch;
 use crate::pod::roster::Roster;
 
+pub use self::listener::bind;
 pub use self::pages::{About, Pages};
 
 /// Connections of those who are known: some hundred followers of logs, and as many for metrics and people. A process has 1024 descriptors by default; a follower takes two, a session four, a container one.
 const CONNECTIONS: usize = 300;
 
-/// Connections of which nobody is known yet: an honest one is known within milliseconds.
-const STRANGERS: usize = 64;
-
-/// How long one of them stays when others want its place. 64 handshakes at once on cores that the pods keep busy take more
-/// than half a second; and who opens connections and says nothing holds up others by a few times this at the most.
-const STRANGER_STAYS: Duration = Duration::from_secs(2);
-
-/// How often a place is looked for while all are taken.
-const STRANGER_LOOK: Duration = Duration::from_millis(5);
-
 /// Sessions of exec, attach and port-forward at once.
 const SESSIONS: usize = 80;
-
-/// Connections that wait to be taken: std's own.
-const BACKLOG: i32 = 128;
 
 /// How long a client may take for its TLS handshake. An honest one takes milliseconds.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -72,11 +60,9 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take for the head of a request, or leave its connection idle.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
 
-/// The head of a request: a token of 16 KiB, and as much again.
-const HEAD_BYTES: usize = 64 * 1024;
-
-/// Refusals that are logged in a minute; of more, only their number: any user of the host can cause them.
-const REFUSALS: u32 = 10;
+/// The head of a request. The command of an exec is in it, of which a single argument can have 128 KiB (execve(2)). A Go
+/// server takes 1 MiB; but of those who send one here, 64 may be anybody, and what waits for a slow client is held in as much.
+const HEAD_BYTES: usize = 192 * 1024;
 
 /// Who answers.
 pub struct Server {
@@ -92,7 +78,10 @@ pub struct Server {
     pub anonymous_metrics: bool,
     /// What is shown of this pilot.
     pub pages: Pages,
+    /// Of those whom the cluster knows.
     refusals: Refusals,
+    /// Of those whom nobody knows: their noise hides none of the others.
+    noise: Refusals,
     /// Room for sessions that outlive their requests.
     sessions: Arc<Semaphore>,
     /// Room for the connections of those who are known.
@@ -119,36 +108,12 @@ impl Server {
             anonymous_metrics,
             pages,
             refusals: Refusals::default(),
+            noise: Refusals::default(),
             sessions: Arc::new(Semaphore::new(SESSIONS)),
             places: Arc::new(Semaphore::new(CONNECTIONS)),
             strangers: Strangers::default(),
         }
     }
-}
-
-/// Takes a port on all addresses of this host; 0 takes a free one.
-///
-/// # Errors
-/// When the port is taken.
-pub fn bind(port: u16) -> io::Result<std::net::TcpListener> {
-    // Both families where the kernel has both, whatever its default is (net.ipv6.bindv6only).
-    let listener = both_families(port).or_else(|error| match error {
-        Errno::ADDRINUSE | Errno::ACCESS => Err(io::Error::from(error)),
-        _ => std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
-    })?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn both_families(port: u16) -> Result<std::net::TcpListener, Errno> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
-    let socket = socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_ipv6_v6only(&socket, false)?;
-    // As std does: a port whose last connections are not forgotten yet can be taken again.
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    bind(&socket, &SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))?;
-    listen(&socket, BACKLOG)?;
-    Ok(std::net::TcpListener::from(socket))
 }
 
 /// Answers until the pilot ends.
@@ -163,7 +128,7 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Se
             Ok(accepted) => accepted,
             Err(error) => {
                 // No descriptors are left, mostly: they come back when connections end.
-                if server.refusals.note(Instant::now()).is_some() {
+                if server.noise.note(Instant::now()).is_some() {
                     tracing::warn!(%error, "a connection to the Node's API could not be taken");
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -181,50 +146,6 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, server: Arc<Se
     }
 }
 
-/// A connection: nobody's until its first request that is allowed.
-#[derive(Default)]
-struct Guest {
-    place: std::sync::OnceLock<OwnedSemaphorePermit>,
-}
-
-/// Connections of nobody. Any user of the host can open one and say nothing, so there are few of them, and the oldest goes
-/// when it had its time: those of whom something is known are never crowded out.
-#[derive(Default)]
-struct Strangers(Mutex<VecDeque<Stranger>>);
-
-struct Stranger {
-    guest: Arc<Guest>,
-    task: AbortHandle,
-    since: Instant,
-}
-
-impl Strangers {
-    fn enter(&self, guest: Arc<Guest>, task: AbortHandle, now: Instant) {
-        self.all().push_back(Stranger { guest, task, since: now });
-    }
-
-    /// Whether one more can come; else, how long to wait before the next look.
-    fn make_room(&self, now: Instant) -> Option<Duration> {
-        let mut all = self.all();
-        all.retain(|stranger| stranger.guest.place.get().is_none() && !stranger.task.is_finished());
-        if all.len() < STRANGERS {
-            return None;
-        }
-        let oldest = all.front()?;
-        let stays = STRANGER_STAYS.saturating_sub(now.duration_since(oldest.since));
-        if !stays.is_zero() {
-            return Some(stays.min(STRANGER_LOOK));
-        }
-        oldest.task.abort();
-        all.pop_front();
-        None
-    }
-
-    fn all(&self) -> MutexGuard<'_, VecDeque<Stranger>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 async fn connection(
     stream: TcpStream,
     from: SocketAddr,
@@ -233,14 +154,16 @@ async fn connection(
     guest: Arc<Guest>,
 ) -> Result<(), String> {
     let _ = stream.set_nodelay(true);
+    keep_alive(&stream);
     let stream = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream))
         .await
         .map_err(|_| "no TLS handshake in time".to_owned())?
         .map_err(|error| error.to_string())?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let chain: Arc<[CertificateDer<'static>]> = chain.iter().map(|c| c.clone().into_owned()).collect();
+    let at = Arc::clone(&server);
     let service = service_fn(move |request| {
-        let (server, chain, guest) = (Arc::clone(&server), Arc::clone(&chain), Arc::clone(&guest));
+        let (server, chain, guest) = (Arc::clone(&at), Arc::clone(&chain), Arc::clone(&guest));
         async move { Ok::<_, Infallible>(server.answer(request, &chain, from, &guest).await) }
     });
     hyper::server::conn::http1::Builder::new()
@@ -250,7 +173,14 @@ async fn connection(
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades()
         .await
-        .map_err(|error| error.to_string())
+        .map_err(|error| {
+            if error.is_parse()
+                && let Some(suppressed) = server.noise.note(Instant::now())
+            {
+                tracing::warn!(%from, %error, suppressed, "what came to the Node's API is no request, and is refused");
+            }
+            error.to_string()
+        })
 }
 
 impl Server {
@@ -265,28 +195,37 @@ impl Server {
         let route = route(&path);
         let name = route.as_ref().map_or("other", Route::name);
         let mut who = String::new();
-        let answer = match self.admit(&request, route.as_ref(), chain, guest).await {
-            Ok(user) => {
-                who.clone_from(&user.name);
-                self.dispatch(request, route, user).await
+        let answer = if self.is_open(&method, route.as_ref()) {
+            self.dispatch(request, route, User::default()).await
+        } else {
+            match self.identify(&request, chain).await {
+                Ok(user) => {
+                    who.clone_from(&user.name);
+                    match self.admit(&request, &user, guest).await {
+                        Ok(()) => self.dispatch(request, route, user).await,
+                        Err(refused) => Err(refused),
+                    }
+                }
+                Err(refused) => Err(refused),
             }
-            Err(refused) => Err(refused),
         };
         let mut response = answer.unwrap_or_else(|refused| {
-            if let Some(suppressed) = self.refusals.note(Instant::now()) {
+            let log = if who.is_empty() { &self.noise } else { &self.refusals };
+            if let Some(suppressed) = log.note(Instant::now()) {
                 tracing::warn!(
                     user = who,
                     %from,
                     %method,
                     path = path.escape_debug().to_string().chars().take(200).collect::<String>(),
                     status = refused.status.as_u16(),
+                    detail = refused.detail,
                     suppressed,
                     "a request to the Node's API is refused: {}",
                     refused.message
                 );
             }
             let mut response = refused.response();
-            if who.is_empty() {
+            if !guest.is_known() {
                 // Who is nobody does not keep a connection.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
@@ -299,54 +238,51 @@ impl Server {
         response
     }
 
-    /// Who asks, and whether they may.
-    async fn admit(
+    /// Whether anybody may ask this.
+    fn is_open(&self, method: &Method, route: Option<&Route>) -> bool {
+        self.anonymous_metrics && route == Some(&Route::ResourceMetrics) && *method == Method::GET
+    }
+
+    /// Who asks.
+    async fn identify(
         &self,
         request: &Request<Incoming>,
-        route: Option<&Route>,
         chain: &[CertificateDer<'static>],
-        guest: &Guest,
     ) -> Result<User, Refused> {
-        let method = request.method();
-        if self.anonymous_metrics && route == Some(&Route::ResourceMetrics) && *method == Method::GET {
-            return Ok(User { name: "system:anonymous".to_owned(), ..User::default() });
-        }
-        let user = self.authenticator.authenticate(chain, request.headers()).await.map_err(|unknown| {
+        self.authenticator.authenticate(chain, request.headers()).await.map_err(|unknown| {
+            let refused = Refused::new(StatusCode::UNAUTHORIZED, "Unauthorized");
             match unknown {
-                Unknown::Unauthorized => {}
-                Unknown::TooMany => {
-                    return Refused::new(StatusCode::TOO_MANY_REQUESTS, unknown.to_string());
-                }
+                Unknown::Unauthorized => refused,
+                Unknown::TooMany => Refused::new(StatusCode::TOO_MANY_REQUESTS, unknown.to_string()),
                 // A kubelet that cannot ask knows nobody either.
-                Unknown::Unavailable(problem) => {
-                    if self.refusals.note(Instant::now()).is_some() {
-                        tracing::warn!(problem, "the API server cannot be asked about a token");
-                    }
-                }
+                Unknown::Unavailable(_) => refused.because(unknown.to_string()),
             }
-            Refused::new(StatusCode::UNAUTHORIZED, "Unauthorized")
-        })?;
-        let wanted = attributes(method, request.uri().path());
-        match self.authorizer.may(&user, &wanted).await {
-            Ok(true) => self.seat(guest).map(|()| user),
-            Ok(false) => Err(Refused::new(StatusCode::FORBIDDEN, forbidden(&user, &wanted))),
-            Err(problem) => Err(Refused::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                format!("Authorization error ({}): {problem}", forbidden(&user, &wanted)),
-            )),
+        })
+    }
+
+    /// Whether they may.
+    async fn admit(&self, request: &Request<Incoming>, user: &User, guest: &Guest) -> Result<(), Refused> {
+        let wanted = attributes(request.method(), request.uri().path());
+        match self.authorizer.may(user, &wanted).await {
+            Ok(true) => self.seat(guest),
+            Ok(false) => Err(Refused::new(StatusCode::FORBIDDEN, forbidden(user, &wanted))),
+            Err(problem) => {
+                let message = authorization_error(user, &wanted);
+                Err(Refused::new(StatusCode::INTERNAL_SERVER_ERROR, message).because(problem))
+            }
         }
     }
 
     /// Gives a connection whose first request is allowed its place.
     fn seat(&self, guest: &Guest) -> Result<(), Refused> {
-        if guest.place.get().is_some() {
+        if guest.is_known() {
             return Ok(());
         }
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
             let message = format!("{CONNECTIONS} connections to this Node's API are open already");
             Refused::new(StatusCode::SERVICE_UNAVAILABLE, message)
         })?;
-        let _ = guest.place.set(place);
+        guest.seat(place);
         Ok(())
     }
 
@@ -362,39 +298,60 @@ impl Server {
         if !route.takes(request.method()) {
             return Err(Refused::new(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed"));
         }
-        if let Route::Exec(pod, container) | Route::Attach(pod, container) | Route::Run(pod, container) =
-            &route
-        {
-            let (route, user) = (route.name(), &user.name);
-            tracing::info!(
-                user,
-                route,
-                namespace = pod.namespace,
-                pod = pod.name,
-                container,
-                "a user joins a container"
-            );
-        }
         let query = request.uri().query().map(str::to_owned);
+        let query = query.as_deref();
+        let (action, user) = (route.name(), user.name);
         match route {
             Route::Logs(path, name) => {
-                let asked = logs::LogRequest::parse(query.as_deref(), jiff::Timestamp::now())?;
-                let view = find::pod(&self.roster, &path)?;
-                find::container(&view, &name)?;
+                let asked = logs::LogRequest::parse(query, jiff::Timestamp::now())?;
+                let view = find::logged(&self.roster, &path, &name)?;
                 logs::answer(&self.roster, &self.watch, &view, &name, asked).await
             }
-            Route::Exec(path, name) => exec::exec(request, self.run(&path, &name)?, user.name, self.room()?),
-            Route::Attach(path, name) => exec::attach(request, self.run(&path, &name)?, self.room()?),
-            Route::Run(path, name) => exec::run(query.as_deref(), &self.run(&path, &name)?).await,
+            Route::Exec(path, name) | Route::Attach(path, name) => {
+                // In a kubelet's order.
+                remote_command::streams(query)?;
+                let attach = action == "attach";
+                let run = find::run(&self.roster, &path, &name, attach)?;
+                let command = if attach { Vec::new() } else { exec::command(query)? };
+                let negotiated = remote_command::negotiate(request.method(), request.headers(), query)?;
+                let room = self.room()?;
+                let (transport, protocol) = (negotiated.transport(), negotiated.protocol());
+                let PodPath { namespace, name: pod, .. } = &path;
+                tracing::info!(
+                    user,
+                    action,
+                    namespace,
+                    pod,
+                    container = name,
+                    transport,
+                    protocol,
+                    "a user joins a container"
+                );
+                Ok(if attach {
+                    exec::attach(request, negotiated, run, room)
+                } else {
+                    exec::exec(request, negotiated, run, command, user, room)
+                })
+            }
+            Route::Run(path, name) => {
+                let run = find::run(&self.roster, &path, &name, false)?;
+                let _room = self.room()?;
+                let PodPath { namespace, name: pod, .. } = &path;
+                tracing::info!(user, action, namespace, pod, container = name, "a user joins a container");
+                exec::run(query, &run).await
+            }
             Route::PortForward(path) => {
-                let view = find::pod(&self.roster, &path)?;
+                let view = find::joined(&self.roster, &path)?;
+                let negotiated = port_forward::negotiate(request.method(), request.headers(), query)?;
+                let room = self.room()?;
                 let over = ended(Arc::clone(&self.roster), view.pod.metadata.uid.clone().unwrap_or_default());
-                let (user, pod) = (user.name, &path.name);
-                tracing::info!(user, namespace = path.namespace, pod, "a user forwards ports");
-                Ok(forward::port_forward(request, self.room()?, over))
+                let (transport, protocol) = (negotiated.transport(), negotiated.protocol());
+                let PodPath { namespace, name: pod, .. } = &path;
+                tracing::info!(user, namespace, pod, transport, protocol, "a user forwards ports");
+                Ok(forward::port_forward(request, negotiated, room, over))
             }
             Route::Health => Ok(text(StatusCode::OK, "ok")),
-            route => Ok(self.pages.page(&route, query.as_deref(), &self.roster).await),
+            route => Ok(self.pages.page(&route, query, &self.roster).await),
         }
     }
 
@@ -405,10 +362,6 @@ impl Server {
                 format!("{SESSIONS} sessions of exec, attach and port-forward are open at this Node already");
             Refused::new(StatusCode::TOO_MANY_REQUESTS, message)
         })
-    }
-
-    fn run(&self, path: &PodPath, container: &str) -> Result<crate::pod::session::RunHandle, Refused> {
-        find::run(&*find::pod(&self.roster, path)?, container)
     }
 }
 
@@ -423,66 +376,5 @@ async fn ended(roster: Arc<Roster>, uid: String) {
         if roster.get(&uid).is_none_or(|view| terminal(&view)) || changes.changed().await.is_err() {
             return;
         }
-    }
-}
-
-/// How many refusals were logged in this minute.
-#[derive(Default)]
-struct Refusals(Mutex<Option<(Instant, u32, u32)>>);
-
-impl Refusals {
-    /// Whether this one is logged: then, how many were not before it.
-    fn note(&self, now: Instant) -> Option<u32> {
-        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (begin, logged, suppressed) = window.get_or_insert((now, 0, 0));
-        if now.duration_since(*begin) >= Duration::from_secs(60) {
-            (*begin, *logged) = (now, 0);
-        }
-        if *logged >= REFUSALS {
-            *suppressed += 1;
-            return None;
-        }
-        *logged += 1;
-        Some(std::mem::take(suppressed))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flood_of_refusals_does_not_fill_the_jobs_output() {
-        let refusals = Refusals::default();
-        let now = Instant::now();
-        let logged = (0..1000).filter(|_| refusals.note(now).is_some()).count();
-        assert_eq!(logged, 10);
-        assert_eq!(refusals.note(now + Duration::from_secs(61)), Some(990));
-    }
-
-    #[tokio::test]
-    async fn a_stranger_has_its_time_before_it_goes_for_another_and_who_is_known_never_goes() {
-        let strangers = Strangers::default();
-        let begin = Instant::now();
-        let places = Arc::new(Semaphore::new(1));
-        let mut tasks = Vec::new();
-        let mut guests = Vec::new();
-        for _ in 0..STRANGERS {
-            assert_eq!(strangers.make_room(begin), None);
-            let (task, guest) = (tokio::spawn(std::future::pending::<()>()), Arc::new(Guest::default()));
-            strangers.enter(Arc::clone(&guest), task.abort_handle(), begin);
-            tasks.push(task);
-            guests.push(guest);
-        }
-        assert_eq!(strangers.make_room(begin), Some(STRANGER_LOOK));
-        // One is known: there is room, and the place is its own.
-        guests[0].place.set(places.try_acquire_owned().unwrap()).unwrap();
-        assert_eq!(strangers.make_room(begin), None);
-        let task = tokio::spawn(std::future::pending::<()>());
-        strangers.enter(Arc::default(), task.abort_handle(), begin);
-        assert_eq!(strangers.make_room(begin + STRANGER_STAYS / 2), Some(STRANGER_LOOK));
-        assert_eq!(strangers.make_room(begin + STRANGER_STAYS), None);
-        assert!((&mut tasks[1]).await.unwrap_err().is_cancelled());
-        assert!(!tasks[0].is_finished() && !tasks[2].is_finished());
     }
 }

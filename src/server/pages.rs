@@ -21,7 +21,7 @@ use super::usage::Usages;
 use crate::allocation::Deadline;
 use crate::node::Timing;
 use crate::pilot_metrics::{Now, PilotMetrics};
-use crate::pod::context::on_disk;
+use crate::pod::context::reading_disk;
 use crate::pod::roster::{PodView, Roster};
 use crate::pod::status::State;
 
@@ -133,7 +133,7 @@ impl Pages {
         }
         let pods = self.about.pods.clone();
         // A home directory that hangs costs the summary these figures, not an answer.
-        let read = on_disk(move || Disk::read(&pods, &logs));
+        let read = reading_disk(move || Disk::read(&pods, &logs));
         let disk = match tokio::time::timeout(DISK_LIMIT, read).await {
             Ok(Ok(disk)) => disk,
             Ok(Err(_)) | Err(_) => Disk::default(),

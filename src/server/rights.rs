@@ -57,15 +57,14 @@ impl Authorizer {
     pub async fn may(&self, user: &User, wanted: &Attributes) -> Result<bool, String> {
         for subresource in wanted.subresources {
             let question = Question { user: user.clone(), verb: wanted.verb, subresource };
-            if self.ask(question).await? {
+            if self.ask(question, Instant::now()).await? {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    async fn ask(&self, question: Question) -> Result<bool, String> {
-        let now = Instant::now();
+    async fn ask(&self, question: Question, now: Instant) -> Result<bool, String> {
         if let Some((_, allowed)) = self.answers().get(&question).filter(|(until, _)| *until > now) {
             return Ok(*allowed);
         }
@@ -124,9 +123,57 @@ pub fn forbidden(user: &User, wanted: &Attributes) -> String {
     )
 }
 
+/// A kubelet's words where the API server could not be asked.
+#[must_use]
+pub fn authorization_error(user: &User, wanted: &Attributes) -> String {
+    let subresource = wanted.subresources.first().copied().unwrap_or_default();
+    format!(
+        "Authorization error (user={}, verb={}, resource=nodes, subresource={subresource})",
+        user.name, wanted.verb
+    )
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
+    use crate::cluster::stand_in::client_of;
+
+    #[tokio::test]
+    async fn a_permission_is_remembered_for_five_minutes_and_a_refusal_for_half_a_one() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let client = client_of(move |_, path, body| {
+            assert_eq!(path, "/apis/authorization.k8s.io/v1/subjectaccessreviews?");
+            counted.fetch_add(1, Ordering::Relaxed);
+            let mut review: serde_json::Value = serde_json::from_str(body).unwrap();
+            let asked = &review["spec"]["resourceAttributes"];
+            assert_eq!((asked["resource"].as_str(), asked["name"].as_str()), (Some("nodes"), Some("n1")));
+            let allowed = review["spec"]["user"] == "alice";
+            review["status"] = serde_json::json!({"allowed": allowed});
+            (201, review)
+        });
+        let authorizer = Authorizer::new(client, "n1".to_owned());
+        let begin = Instant::now();
+        let ask = async |name: &str, seconds: u64| {
+            let user = User { name: name.to_owned(), ..User::default() };
+            let question = Question { user, verb: "get", subresource: "metrics" };
+            authorizer.ask(question, begin + Duration::from_secs(seconds)).await.unwrap()
+        };
+        for second in [0, 29] {
+            assert!(ask("alice", second).await);
+            assert!(!ask("eve", second).await);
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        assert!(!ask("eve", 31).await);
+        assert_eq!(asked.load(Ordering::Relaxed), 3);
+        assert!(ask("alice", 299).await);
+        assert_eq!(asked.load(Ordering::Relaxed), 3);
+        assert!(ask("alice", 301).await);
+        assert_eq!(asked.load(Ordering::Relaxed), 4);
+    }
 
     #[test]
     fn a_refusal_says_who_lacks_what() {

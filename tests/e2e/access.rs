@@ -425,10 +425,19 @@ fn what_is_no_request_is_refused_and_harms_nobody() {
     }
     for (path, status, words) in [
         ("/nothing".to_owned(), 404, "404 page not found"),
-        (format!("/containerLogs/{ns}/q/c1"), 404, "pod q_"),
+        // A kubelet's words, each handler's own.
+        (format!("/containerLogs/{ns}/q/c1"), 404, "pod \"q\" does not exist"),
         (format!("/containerLogs/{ns}/p/c2"), 404, "container \"c2\" not found in pod \"p\""),
-        (format!("/containerLogs/{ns}/p/c1?tailLines=x"), 400, "tailLines"),
-        (format!("/exec/{ns}/p/c1?command=id&output=1"), 400, ""),
+        (format!("/containerLogs/{ns}/p/c1?tailLines=x"), 400, r#"{"message": "Unable to decode query."}"#),
+        (format!("/containerLogs/{ns}/p/c1?tailLines=-1"), 422, r#"{"message": "Invalid request."}"#),
+        (format!("/exec/{ns}/p/c1?command=id"), 400, "you must specify at least 1 of stdin, stdout, stderr"),
+        (format!("/exec/{ns}/q/c1?command=id&output=1"), 404, "pod does not exist"),
+        (format!("/exec/{ns}/p/another-uid/c1?command=id&output=1"), 500, "container not found (\"c1\")"),
+        (format!("/portForward/{ns}/p/another-uid?port=1"), 404, "pod not found"),
+        (format!("/exec/{ns}/p/c2?command=id&output=1"), 500, "container not found (\"c2\")"),
+        (format!("/attach/{ns}/p/c2?output=1"), 500, &format!("container c2 not found in pod p_{ns}")),
+        (format!("/portForward/{ns}/q?port=1"), 404, "pod does not exist"),
+        (format!("/exec/{ns}/p/c1?command=id&output=1"), 400, "Upgrade request required"),
         (format!("/exec/{ns}/p/c1?output=1"), 400, "you must specify a command"),
         (format!("/run/{ns}/p/c1?cmd=id"), 405, ""),
         ("/pods/%00%ff".to_owned(), 404, ""),
@@ -437,14 +446,16 @@ fn what_is_no_request_is_refused_and_harms_nobody() {
         assert_eq!(answer.status, status, "{path}: {}", answer.body);
         assert!(answer.body.contains(words), "{path}: {}", answer.body);
     }
-    assert_eq!(
-        admin
-            .header("Connection", "Upgrade")
-            .header("Upgrade", "h2c")
-            .get(&format!("/exec/{ns}/p/c1?command=id&output=1"))
-            .status,
-        400
-    );
+    let h2c = admin.header("Connection", "Upgrade").header("Upgrade", "h2c");
+    assert_eq!(h2c.get(&format!("/exec/{ns}/p/c1?command=id&output=1")).status, 400);
+    // The log says who asked for what, and claims no session that never was.
+    let output = pilot.output();
+    let refused = |needles: &[&str]| {
+        output.lines().any(|line| line.contains("is refused") && needles.iter().all(|n| line.contains(n)))
+    };
+    assert!(!output.contains("joins a container"), "{output}");
+    assert!(refused(&["user=\"admin\"", "status=404"]), "{output}");
+    assert!(refused(&["is no request", "from="]), "{output}");
 
     // Nobody else noticed.
     assert_eq!(pilot.stages("pilot"), before);

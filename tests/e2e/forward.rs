@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Barrier;
 use std::time::Duration;
 
-use crate::exec::{cp_works, exec_works, noise, terminal_works};
+use crate::exec::{attach_works, cp_works, exec_works, joined, noise, terminal_works};
 use crate::harness::{ApiServer, Kubectl, Namespace, Options, Pilot, Way, seconds, wait_for, wait_until};
 
 /// How long kubectl may take on a machine that is busy with other tests.
@@ -180,25 +180,37 @@ fn a_forward_ends_with_its_pod() {
 }
 
 /// exec, cp and port-forward by one way.
-fn all_works(way: &Way, label: &'static str) {
+fn all_works(way: &Way, label: &'static str) -> String {
     let (namespace, pilot, port) = echo_pod(label);
     exec_works(way, &namespace, 3_000_000);
     terminal_works(way, &namespace, &pilot);
+    attach_works(way, &namespace, &pilot);
     cp_works(way, &namespace, &pilot, 5_000_000);
     let (_forwarding, local) = forward(way, &namespace, &[port]);
     echo(local[0], 50, 20_000);
+    pilot.output()
 }
 
 #[test]
 fn a_kubectl_without_websockets_has_it_all_by_spdy() {
     let environment =
         vec![("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", "false"), ("KUBECTL_PORT_FORWARD_WEBSOCKETS", "false")];
-    all_works(&Way { environment, ..Way::default() }, "spdy");
+    let output = all_works(&Way { environment, ..Way::default() }, "spdy");
+    // From kubectl to the API server; the rest of the way is the same as without.
+    assert!(joined(&output, "attach", "SPDY", "v4.channel.k8s.io") > 0, "{output}");
 }
 
 #[test]
 fn an_api_server_without_websockets_to_kubelets_has_it_all_by_spdy() {
     let server = ApiServer::start(&["--feature-gates=ExtendWebSocketsToKubelet=false"]);
     let way = Way { kubeconfig: Some(server.kubeconfig()), ..Way::default() };
-    all_works(&way, "old-server");
+    let output = all_works(&way, "old-server");
+    for action in ["exec", "attach"] {
+        assert!(joined(&output, action, "SPDY", "v4.channel.k8s.io") > 0, "{action}: {output}");
+        assert_eq!(joined(&output, action, "WebSocket", "v5.channel.k8s.io"), 0, "{action}: {output}");
+    }
+    assert!(
+        output.contains("a user forwards ports") && output.contains("protocol=\"portforward.k8s.io\""),
+        "{output}"
+    );
 }

@@ -180,6 +180,14 @@ pub struct Forwarding {
 }
 
 impl Negotiated {
+    /// What carries it, for logs.
+    pub fn transport(&self) -> &'static str {
+        match self.transport {
+            Transport::Spdy(_) => "SPDY",
+            Transport::Tunnel { .. } | Transport::Channels { .. } => "WebSocket",
+        }
+    }
+
     /// The protocol, for logs.
     pub fn protocol(&self) -> &'static str {
         match self.transport {

@@ -99,7 +99,10 @@ pub fn negotiate(method: &Method, headers: &HeaderMap, query: Option<&str>) -> R
 }
 
 /// The streams that a query asks for (cri-streaming remotecommand NewOptions).
-fn streams(query: Option<&str>) -> Result<Streams, Refusal> {
+///
+/// # Errors
+/// When it asks for none.
+pub fn streams(query: Option<&str>) -> Result<Streams, Refusal> {
     let asked = |name| {
         let values = handshake::query_values(query, name);
         values.first().is_some_and(|value| value == "1" || value == "true")
@@ -141,6 +144,14 @@ pub struct RemoteCommand {
 }
 
 impl Negotiated {
+    /// What carries it, for logs.
+    pub fn transport(&self) -> &'static str {
+        match self.transport {
+            Transport::Spdy(_) => "SPDY",
+            Transport::WebSocket { .. } => "WebSocket",
+        }
+    }
+
     /// The protocol, for logs.
     pub fn protocol(&self) -> &'static str {
         match self.transport {
