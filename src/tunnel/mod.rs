@@ -6,6 +6,7 @@
 pub mod backoff;
 mod keeper;
 mod master;
+mod peer;
 mod relay;
 pub mod ssh;
 pub mod url;

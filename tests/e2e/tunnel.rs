@@ -6,12 +6,13 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use nix::sys::signal::Signal;
-use nix::unistd::User;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ALICE, Namespace, Options, Pilot, bed, condition, run, seconds, unique, wait_for, wait_until,
+    ALICE, BOB, Namespace, Options, Pilot, as_user, bed, condition, run, seconds, unique, wait_for,
+    wait_until,
 };
 
 /// A name of the test control plane's certificate that nobody on this host knows; the login host does.
@@ -20,12 +21,18 @@ const API_HOST: &str = "kubernetes.default.svc";
 /// A login host: an sshd with keys, a port and an /etc/hosts of its own; and an ssh that knows it as `login`.
 struct Login {
     directory: PathBuf,
+    address: &'static str,
     port: u16,
     sshd: Option<Child>,
 }
 
 impl Login {
     fn new() -> Self {
+        Self::at("127.0.0.1")
+    }
+
+    /// One with another loopback address.
+    fn at(address: &'static str) -> Self {
         // Not in a directory that only root enters: alice's ssh reads there.
         let directory = PathBuf::from("/tmp").join(unique("jiriaf-test-login"));
         std::fs::create_dir(&directory).unwrap();
@@ -38,24 +45,19 @@ impl Login {
         }
         let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
         let write = |name: &str, text: String| std::fs::write(directory.join(name), text).unwrap();
-        write("known_hosts", format!("[127.0.0.1]:{port} {}", read("host.pub")));
+        write("known_hosts", format!("[{address}]:{port} {}", read("host.pub")));
         write("authorized", read("key.pub"));
         write("hosts", format!("127.0.0.1 localhost {API_HOST}\n"));
         write(
             "sshd_config",
             format!(
-                "Port {port}\nListenAddress 127.0.0.1\nHostKey {at}/host\nAuthorizedKeysFile {at}/authorized\nPidFile none\n\
+                "Port {port}\nListenAddress {address}\nHostKey {at}/host\nAuthorizedKeysFile {at}/authorized\nPidFile none\n\
                  UsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nGatewayPorts clientspecified\n"
             ),
         );
-        write(
-            "config",
-            format!(
-                "Host login\n HostName 127.0.0.1\n Port {port}\n User root\n UserKnownHostsFile {at}/known_hosts\n \
-                 IdentityFile {at}/key\n"
-            ),
-        );
         write("ssh", format!("#!/bin/sh\nexec /usr/bin/ssh -F {at}/config \"$@\"\n"));
+        let mut login = Self { directory: directory.clone(), address, port, sshd: None };
+        write("config", login.host("login"));
         let mode = |name: &str, mode| {
             std::fs::set_permissions(directory.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
         };
@@ -63,9 +65,17 @@ impl Login {
         mode("config", 0o644);
         let alice = User::from_name(ALICE).unwrap().unwrap();
         chown(directory.join("key"), Some(alice.uid.as_raw()), None).unwrap();
-        let mut login = Self { directory, port, sshd: None };
         login.start();
         login
+    }
+
+    /// How ssh's configuration describes it under a name.
+    fn host(&self, name: &str) -> String {
+        let (address, port, at) = (self.address, self.port, self.directory.display());
+        format!(
+            "Host {name}\n HostName {address}\n Port {port}\n User root\n UserKnownHostsFile {at}/known_hosts\n \
+             IdentityFile {at}/key\n"
+        )
     }
 
     fn start(&mut self) {
@@ -77,8 +87,8 @@ impl Login {
         let sshd =
             Command::new("unshare").args(["--mount", "sh", "-c", &script]).stdin(Stdio::null()).spawn();
         self.sshd = Some(sshd.unwrap());
-        let port = self.port;
-        wait_until("sshd listens", seconds(10), || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let address = (self.address, self.port);
+        wait_until("sshd listens", seconds(10), || TcpStream::connect(address).is_ok());
     }
 
     /// Goes down with its connections.
@@ -90,10 +100,15 @@ impl Login {
         }
     }
 
+    /// With its ssh.
+    fn ssh(&self, label: &'static str) -> Options {
+        Options::new(label).env("PATH", &format!("{}:/usr/local/bin:/usr/bin:/bin", self.directory.display()))
+    }
+
+    /// With its ssh, and an API server that nobody else knows.
     fn options(&self, label: &'static str) -> Options {
         let port = bed().api_server().rsplit_once(':').unwrap().1.to_owned();
-        let path = format!("{}:/usr/local/bin:/usr/bin:/bin", self.directory.display());
-        let mut options = Options::new(label).env("PATH", &path);
+        let mut options = self.ssh(label);
         options.server = Some(format!("https://{API_HOST}:{port}"));
         options
     }
@@ -186,6 +201,66 @@ fn a_pilot_behind_a_firewall_works_through_its_login_host() {
     assert_eq!(pilot.wait_exit(seconds(30)), Some(0));
     assert_eq!(pilot.nodes(), Vec::<Value>::new());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+/// The ports of 127.0.0.1 at which a process listens.
+fn listens_at(pid: i32) -> Vec<u16> {
+    let sockets: Vec<PathBuf> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .collect();
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let ports = table.lines().skip(1).filter_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let port = fields[1].strip_prefix("0100007F:")?;
+        let own = sockets.contains(&PathBuf::from(format!("socket:[{}]", fields[9])));
+        (own && fields[3] == "0A").then(|| u16::from_str_radix(port, 16).unwrap())
+    });
+    ports.collect()
+}
+
+#[test]
+fn other_users_of_the_host_have_no_part_in_the_way_to_the_api_server() {
+    let namespace = Namespace::new("private-way");
+    let mut login = Login::new();
+    let pilot = Pilot::local(login.options("private-way").arg("--tunnel=ssh://login"), 600);
+    let [process] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    let [port] = listens_at(process)[..] else { panic!("one port was expected") };
+    let url = format!("https://127.0.0.1:{port}/version");
+    let version = |user: &str| {
+        let mut curl = as_user(user, "curl");
+        run(curl.args(["--silent", "--show-error", "--insecure", "--max-time", "20", &url]))
+    };
+    let ours = version(ALICE);
+    assert!(ours.text.contains("gitVersion"), "{}", ours.text);
+    let theirs = version(BOB);
+    assert!(!theirs.success && theirs.stdout.is_empty(), "{}", theirs.text);
+    wait_until("the pilot says that somebody tried", seconds(10), || {
+        pilot.output().contains("a connection to this host's end of the tunnels was closed")
+    });
+
+    // Three hundred that say nothing: each would be led to the API server, which waits for half a minute.
+    let hold = format!(
+        "use IO::Socket::INET; my @all = map {{ IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => {port}) }} 1..300; \
+         $| = 1; print scalar(@all), \"\\n\"; sleep 60"
+    );
+    let mut bob = as_user(BOB, "perl").args(["-e", &hold]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = [0; 4];
+    bob.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"300\n");
+    // The pilot must connect anew, and works on.
+    login.stop();
+    login.start();
+    wait_until("the tunnel is up again", seconds(60), || {
+        condition(&node(&pilot), "TunnelDown")["status"] == "False"
+            && pilot.output().matches("the tunnel is up").count() == 2
+    });
+    namespace.script_on(&pilot, "p", "exit 0\n");
+    namespace.wait_phase("p", "Succeeded", seconds(15));
+    assert!(bob.try_wait().unwrap().is_none(), "bob's connections were not held");
+    // timeout(1) hands it on.
+    kill(Pid::from_raw(bob.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    bob.wait().unwrap();
 }
 
 #[test]
