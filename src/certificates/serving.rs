@@ -9,21 +9,22 @@ use std::time::SystemTime;
 
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use tokio::sync::watch;
 
 use super::files::{self, Files};
 use super::kubelet_serving;
 use super::pair::{A_YEAR, CertificateError, self_signed};
 
-/// The certificate of these files (certificate, key), read again when they change; without files a self-signed one, which one
-/// of the cluster replaces where the cluster signs one. `deadline` is the end as it is known at the time. To be called in a
-/// tokio runtime.
+/// The certificate of these files (certificate, key), read again when they change; without files a self-signed one for the
+/// names and addresses `reached_at` of the moment, which one of the cluster replaces where the cluster signs one.
+/// `deadline` is the end as it is known at the time. To be called in a tokio runtime.
 ///
 /// # Errors
 /// When the files are no good, or a name cannot stand in a certificate.
 pub fn start(
     client: kube::Client,
     node: &str,
-    (names, ips): (Vec<String>, Vec<IpAddr>),
+    reached_at: watch::Receiver<Vec<String>>,
     given: Option<(&Path, &Path)>,
     deadline: impl Fn() -> Option<SystemTime> + Send + Sync + 'static,
 ) -> Result<Arc<Serving>, CertificateError> {
@@ -33,9 +34,10 @@ pub fn start(
         tokio::spawn(files::follow(files, Arc::clone(&serving)));
         return Ok(serving);
     }
+    let (names, ips) = addresses(reached_at.borrow().iter().map(String::as_str));
     // Not the walltime: a limit may be prolonged, and the key is nowhere but in this process.
     let serving = Serving::new(self_signed(&names, &ips, A_YEAR)?);
-    let kept = kubelet_serving::keep(client, node.to_owned(), (names, ips), Arc::clone(&serving), deadline);
+    let kept = kubelet_serving::keep(client, node.to_owned(), reached_at, Arc::clone(&serving), deadline);
     tokio::spawn(kept);
     Ok(serving)
 }

@@ -1,9 +1,9 @@
 //! Whose credential it is: a node's own by TLS bootstrap, a site's, the sweeper's; and certificates that the cluster signs.
 //! The manifests of docs/cluster/ are what is tested here, as they are.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use jiff::{SignedDuration, Timestamp};
@@ -12,8 +12,8 @@ use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ALICE, Namespace, Options, Output, Pilot, api, bed, condition, read, run, seconds, shared_directory,
-    unique, wait_for, wait_until,
+    ALICE, ApiServer, Https, Namespace, Options, Output, Pilot, api, bed, condition, read, run, seconds,
+    shared_directory, unique, wait_for, wait_until,
 };
 
 /// Applies a manifest of docs/cluster/, without what would run by itself.
@@ -29,7 +29,7 @@ fn apply(manifest: &str) {
 }
 
 /// The pilots' kubeconfig with another token, in a file that alice can read.
-fn kubeconfig(directory: &Path, token: &str) -> String {
+pub fn kubeconfig(directory: &Path, token: &str) -> String {
     let mut config: Value = serde_json::from_str(&bed().pilot_kubeconfig(None)).unwrap();
     config["users"][0]["user"] = json!({"token": token});
     let file = directory.join("kubeconfig");
@@ -46,7 +46,7 @@ fn token(namespace: &str, account: &str) -> String {
 }
 
 /// A bootstrap token as docs/cluster/README.md makes it: its id and the whole.
-fn bootstrap_token() -> (String, String) {
+pub fn bootstrap_token() -> (String, String) {
     apply("tls-bootstrap.yaml");
     let letters: String = unique("").chars().filter(char::is_ascii_alphanumeric).collect();
     let id = format!("{letters:0>6}");
@@ -145,6 +145,45 @@ fn a_bootstrap_token_that_is_no_good_is_refused_by_name() {
     assert!(!pilot.output().contains("0123456789abcdef"), "{}", pilot.output());
 }
 
+/// The certificate of the CA that signs for the cluster.
+fn cluster_ca() -> PathBuf {
+    bed().admin_kubeconfig().with_file_name("pki").join("ca.crt")
+}
+
+/// An API server that wants the cluster's CA to have signed a Node's certificate, for the address that it dials.
+pub fn strict_api_server() -> ApiServer {
+    ApiServer::start(&[&format!("--kubelet-certificate-authority={}", cluster_ca().display())])
+}
+
+/// `kubectl logs` of a pod by another API server.
+pub fn logs_by(server: &ApiServer, namespace: &str, pod: &str) -> Output {
+    let mut kubectl = bed().kubectl_within(namespace, 30);
+    run(kubectl.arg("--kubeconfig").arg(server.kubeconfig()).args(["logs", pod]))
+}
+
+/// What openssl says of a server's certificate, which this authority should have signed for this very address.
+fn verify(address: SocketAddr, authority: &Path) -> Output {
+    let (to, ip) = (address.to_string(), address.ip().to_string());
+    let mut openssl = Command::new("timeout");
+    openssl.args(["10", "openssl", "s_client", "-verify_return_error", "-connect", &to, "-verify_ip", &ip]);
+    run(openssl.arg("-CAfile").arg(authority))
+}
+
+/// Approves what a Node asks to serve with, until something holds.
+pub fn approve_until(pilot: &Pilot, what: &str, mut holds: impl FnMut() -> bool) {
+    let user = format!("system:node:{}", pilot.node);
+    wait_until(what, seconds(60), || {
+        for request in requests(SERVING, &user) {
+            if request["status"]["conditions"].is_null() {
+                let name = request["metadata"]["name"].as_str().unwrap();
+                let output = bed().kubectl(&["certificate", "approve", name]);
+                assert!(output.success, "{}", output.text);
+            }
+        }
+        holds()
+    });
+}
+
 #[test]
 fn a_serving_certificate_is_used_once_somebody_approves_it() {
     let (_, token) = bootstrap_token();
@@ -154,6 +193,10 @@ fn a_serving_certificate_is_used_once_somebody_approves_it() {
     let options =
         Options::new("serving").env("JIRIAF_BOOTSTRAP_KUBECONFIG", &file).arg(&format!("--port={port}"));
     let pilot = Pilot::local(options, 600);
+    let namespace = Namespace::new("serving");
+    namespace.script_on(&pilot, "p", "echo served\n");
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let (address, strict) = (Https::node(&pilot).address, strict_api_server());
     let user = format!("system:node:{}", pilot.node);
     let request =
         wait_for("a request for a serving certificate", seconds(10), || requests(SERVING, &user).pop());
@@ -162,11 +205,20 @@ fn a_serving_certificate_is_used_once_somebody_approves_it() {
     wait_until("the way out is said", seconds(40), || {
         pilot.output().contains(&format!("kubectl certificate approve {name}"))
     });
+    let before = verify(address, &cluster_ca());
+    assert!(!before.success && before.text.contains("verify error"), "{}", before.text);
+    let refused = logs_by(&strict, &namespace.name, "p");
+    assert!(!refused.success && refused.text.contains("x509"), "{}", refused.text);
+
     let output = bed().kubectl(&["certificate", "approve", &name]);
     assert!(output.success, "{}", output.text);
-    wait_until("the certificate is used", seconds(40), || {
-        pilot.output().contains("serves with a certificate of the cluster")
-    });
+    wait_until("the certificate is used", seconds(40), || verify(address, &cluster_ca()).success);
+    let logs = logs_by(&strict, &namespace.name, "p");
+    assert!(logs.success && logs.text.contains("served"), "{}", logs.text);
+    // It is for this address and for no other.
+    let other = SocketAddr::new("127.0.0.1".parse().unwrap(), port);
+    let mismatch = verify(other, &cluster_ca()).text;
+    assert!(address == other || mismatch.contains("IP address mismatch"), "{mismatch}");
     assert_eq!(requests(SERVING, &user).len(), 1);
 }
 

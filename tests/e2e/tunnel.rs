@@ -10,9 +10,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
+use crate::certificates;
 use crate::harness::{
-    ALICE, BOB, Namespace, Options, Pilot, as_user, bed, condition, run, seconds, unique, wait_for,
-    wait_until,
+    ALICE, BOB, Namespace, Options, Pilot, as_user, bed, condition, run, seconds, shared_directory, unique,
+    wait_for, wait_until,
 };
 
 /// A name of the test control plane's certificate that nobody on this host knows; the login host does.
@@ -76,6 +77,13 @@ impl Login {
             "Host {name}\n HostName {address}\n Port {port}\n User root\n UserKnownHostsFile {at}/known_hosts\n \
              IdentityFile {at}/key\n"
         )
+    }
+
+    /// Its ssh knows another one under this name.
+    fn knows(&self, other: &Self, name: &str) {
+        let file = self.directory.join("config");
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(file, text + &other.host(name)).unwrap();
     }
 
     fn start(&mut self) {
@@ -261,6 +269,36 @@ fn other_users_of_the_host_have_no_part_in_the_way_to_the_api_server() {
     // timeout(1) hands it on.
     kill(Pid::from_raw(bob.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     bob.wait().unwrap();
+}
+
+#[test]
+fn a_node_that_moves_to_another_login_host_is_still_known_by_its_certificate() {
+    let (_, token) = certificates::bootstrap_token();
+    let directory = shared_directory();
+    let file = certificates::kubeconfig(directory.path(), &token);
+    let (mut one, other) = (Login::new(), Login::at("127.0.0.2"));
+    one.knows(&other, "other");
+    let options = one.ssh("two-logins").env("JIRIAF_BOOTSTRAP_KUBECONFIG", &file);
+    let pilot = Pilot::local(options.arg("--tunnel=ssh://login?api=0,ssh://other?api=0"), 600);
+    let namespace = Namespace::new("two-logins");
+    namespace.script_on(&pilot, "p", "echo served\n");
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let strict = certificates::strict_api_server();
+    let served = || {
+        let logs = certificates::logs_by(&strict, &namespace.name, "p");
+        logs.success && logs.text.contains("served")
+    };
+    let address = || node(&pilot)["status"]["addresses"][0]["address"].clone();
+    wait_until("both tunnels are up", seconds(30), || {
+        pilot.output().matches("the tunnel is up").count() == 2
+    });
+    wait_until("the Node is at the first", seconds(30), || address() == json!("127.0.0.1"));
+    certificates::approve_until(&pilot, "the API server knows the Node", served);
+    one.stop();
+    wait_until("the Node is at the second", seconds(60), || address() == json!("127.0.0.2"));
+    certificates::approve_until(&pilot, "the API server knows it there too", served);
+    // Nobody had to approve anything when it moved.
+    assert_eq!(pilot.output().matches("serves with a certificate of the cluster").count(), 1);
 }
 
 #[test]

@@ -392,13 +392,15 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     // By the login host where tunnels lead here, and from beside it in any case.
     let mut reached_at = vec![config.hostname.clone(), ip.clone(), allocation.host.clone()];
     reached_at.dedup();
+    let fixed_address = args.advertise_address.is_some();
+    let reached_at = tunnel::reached_at(reached_at, ready.holds.tunnels.as_ref(), fixed_address);
     let api = api::prepare(api::Parts {
         args,
         client: client.clone(),
         listener: ready.listener,
         authorities: &ready.authorities,
         node: &name,
-        addresses: reached_at,
+        reached_at,
         timing: timing.clone(),
         deadline: known_deadline,
     })?;
@@ -440,7 +442,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         output: None,
     });
     if let Some(tunnels) = &ready.holds.tunnels {
-        tunnel::follow_node(&node, tunnels, args.advertise_address.is_some());
+        tunnel::follow_node(&node, tunnels, fixed_address);
         if let Some(ports) = &context.ports {
             tunnel::follow_pods(context.api.clone(), ports, tunnels);
         }

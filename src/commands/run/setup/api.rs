@@ -109,8 +109,8 @@ pub(super) struct Parts<'a> {
     pub listener: TcpListener,
     pub authorities: &'a [CertificateDer<'static>],
     pub node: &'a str,
-    /// The names and addresses by which the Node is reached.
-    pub addresses: Vec<String>,
+    /// The names and addresses by which the Node is reached, as they are known at the time.
+    pub reached_at: watch::Receiver<Vec<String>>,
     pub timing: watch::Receiver<Option<Timing>>,
     pub deadline: watch::Receiver<Option<Deadline>>,
 }
@@ -132,13 +132,12 @@ pub(super) struct Prepared {
 /// # Errors
 /// When a certificate that was given is no good.
 pub(super) fn prepare(parts: Parts<'_>) -> Result<Prepared, SetupError> {
-    let Parts { args, client, listener, authorities, node, addresses, timing, deadline } = parts;
+    let Parts { args, client, listener, authorities, node, reached_at, timing, deadline } = parts;
     let host = |error: String| SetupError::Host(format!("the Node's own API: {error}"));
     let given = args.tls_cert_file.as_deref().zip(args.tls_private_key_file.as_deref());
     let known = timing.clone();
     let end = move || known.borrow().as_ref().map(|t| t.deadline);
-    let addresses = certificates::serving::addresses(addresses.iter().map(String::as_str));
-    let serving = certificates::serving::start(client.clone(), node, addresses, given, end)?;
+    let serving = certificates::serving::start(client.clone(), node, reached_at, given, end)?;
     Ok(Prepared {
         listener: tokio::net::TcpListener::from_std(listener).map_err(|error| host(error.to_string()))?,
         tls: server::tls::config(serving).map_err(|error| host(error.to_string()))?,

@@ -29,6 +29,10 @@ const MAX_MESSAGE: usize = 1024;
 /// they are down. One connection takes no longer.
 const NODE_ONLY: Duration = Duration::from_secs(15);
 
+/// Most names and addresses that a serving certificate is asked for. A name may stand for many login hosts, a few of which
+/// are seen in a job's time; and each one more is a request that somebody may have to approve.
+const MAX_REACHED_AT: usize = 16;
+
 /// Pause before annotations are sent again that were not taken.
 const ANNOTATE_RETRY: Duration = Duration::from_secs(5);
 
@@ -84,6 +88,41 @@ pub(super) fn address(tunnels: &Tunnels) -> Option<String> {
 pub(super) fn lead_to(config: &mut NodeConfig, tunnels: &Tunnels) {
     config.hostname.clone_from(&config.internal_ip);
     config.daemon_port = endpoint(&tunnels.statuses().borrow(), true).port;
+}
+
+/// The names and addresses by which the Node is reached, now and later: `own`, and the address of each login host, since the
+/// Node takes another's when a tunnel falls. With `fixed`, its address stays as it is.
+pub(super) fn reached_at(
+    own: Vec<String>,
+    tunnels: Option<&Tunnels>,
+    fixed: bool,
+) -> watch::Receiver<Vec<String>> {
+    let (sender, reached_at) = watch::channel(own);
+    if let Some(tunnels) = tunnels.filter(|_| !fixed) {
+        let mut statuses = tunnels.statuses();
+        sender.send_modify(|known| {
+            add_far_addresses(known, &statuses.borrow_and_update());
+        });
+        tokio::spawn(async move {
+            while statuses.changed().await.is_ok() {
+                let all = statuses.borrow_and_update().clone();
+                sender.send_if_modified(|known| add_far_addresses(known, &all));
+            }
+        });
+    }
+    reached_at
+}
+
+/// Adds the login hosts' addresses that are new; whether there were any. Those that were seen stay: a name that stands for
+/// several hosts gives each of them in turn.
+fn add_far_addresses(known: &mut Vec<String>, all: &[Status]) -> bool {
+    let before = known.len();
+    for address in all.iter().filter_map(|status| status.far_address).map(|address| address.to_string()) {
+        if known.len() < MAX_REACHED_AT && !known.contains(&address) {
+            known.push(address);
+        }
+    }
+    known.len() > before
 }
 
 /// Keeps what the Node says of its tunnels until the pilot ends. With `fixed`, its address stays as it is.
@@ -272,6 +311,24 @@ mod tests {
         // --advertise-address holds.
         assert_eq!(endpoint(&all, true), Endpoint { ip: None, port: Some(31000) });
         assert_eq!(endpoint(&all[..2], false), Endpoint { ip: None, port: None });
+    }
+
+    #[test]
+    fn the_node_is_reached_at_every_login_host_whether_its_tunnel_is_up_or_not() {
+        let at =
+            |last: u8, up| Status { far_address: Some([198, 51, 100, last].into()), ..status("a", up, None) };
+        let mut known = vec!["node-1".to_owned(), "198.51.100.7".to_owned()];
+        let unknown = Status { far_address: None, ..status("c", false, None) };
+        assert!(add_far_addresses(&mut known, &[at(7, true), at(8, false), unknown.clone()]));
+        assert_eq!(known, ["node-1", "198.51.100.7", "198.51.100.8"]);
+        assert!(!add_far_addresses(&mut known, &[at(8, true), unknown]), "nothing is new");
+        // One of a name's hosts after the other.
+        assert!(add_far_addresses(&mut known, &[at(9, true)]));
+        assert_eq!(known.len(), 4);
+        for last in 10..100 {
+            add_far_addresses(&mut known, &[at(last, true)]);
+        }
+        assert_eq!(known.len(), MAX_REACHED_AT);
     }
 
     #[test]
