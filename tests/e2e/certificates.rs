@@ -2,7 +2,7 @@
 //! The manifests of docs/cluster/ are what is tested here, as they are.
 
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -220,6 +220,57 @@ fn a_serving_certificate_is_used_once_somebody_approves_it() {
     let mismatch = verify(other, &cluster_ca()).text;
     assert!(address == other || mismatch.contains("IP address mismatch"), "{mismatch}");
     assert_eq!(requests(SERVING, &user).len(), 1);
+}
+
+#[test]
+fn a_certificate_of_files_is_served_and_read_again_when_they_change() {
+    let directory = shared_directory();
+    let (certificate, key) = (directory.path().join("tls.crt"), directory.path().join("tls.key"));
+    // For all addresses that this host may advertise.
+    let addresses = run(&mut Command::new("hostname").arg("-I")).stdout;
+    let names: Vec<String> =
+        ["127.0.0.1"].into_iter().chain(addresses.split_whitespace()).map(|ip| format!("IP:{ip}")).collect();
+    let names = format!("subjectAltName={}", names.join(","));
+    // As whoever renews certificates puts them in place; and what alice's pilot may read.
+    let renew = || {
+        let alice = User::from_name(ALICE).unwrap().unwrap();
+        let [new_key, new_certificate] = ["new.key", "new.crt"].map(|name| directory.path().join(name));
+        let mut openssl = Command::new("openssl");
+        openssl.args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "1",
+        ]);
+        openssl.args(["-subj", "/CN=node", "-addext", &names]);
+        openssl.arg("-keyout").arg(&new_key).arg("-out").arg(&new_certificate);
+        let made = run(&mut openssl);
+        assert!(made.success, "{}", made.text);
+        chown(&new_key, Some(alice.uid.as_raw()), None).unwrap();
+        std::fs::rename(new_key, &key).unwrap();
+        std::fs::rename(new_certificate, &certificate).unwrap();
+        let trusted = directory.path().join(unique("trusted"));
+        std::fs::copy(&certificate, &trusted).unwrap();
+        trusted
+    };
+    let first = renew();
+    let options = Options::new("tls-files")
+        .arg(&format!("--tls-cert-file={}", certificate.display()))
+        .arg(&format!("--tls-private-key-file={}", key.display()));
+    let pilot = Pilot::local(options, 600);
+    let address = Https::node(&pilot).address;
+    let served = verify(address, &first);
+    assert!(served.success, "{}", served.text);
+    let second = renew();
+    assert!(!verify(address, &second).success, "openssl takes anything");
+    // The files are looked at once a minute.
+    wait_until("the new certificate is served", seconds(90), || verify(address, &second).success);
+    assert!(!verify(address, &first).success);
 }
 
 #[test]
