@@ -85,8 +85,9 @@ impl Settings {
     pub const REMOTE_COMMAND: Self =
         Self { creation: CREATION, idle: IDLE, stall: IDLE, probe: PROBE, open: 16, total: 16 };
 
-    /// For port-forward: 256 connections at once, whose buffers can hold 64 MiB if all of them are left unread. A
-    /// server in the pod that takes nothing for 30 s loses its connection, rather than all others.
+    /// For port-forward: 256 connections at once. The Node forwards no more than 200 of all clients, and only those and a
+    /// few streams that wait for their other half hold anything ([`port_forward`]). A server in the pod that takes nothing
+    /// for 30 s loses its connection, rather than all others.
     pub const PORT_FORWARD: Self = Self {
         creation: CREATION,
         idle: IDLE,

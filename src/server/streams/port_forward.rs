@@ -16,7 +16,7 @@ use super::handshake::{self, Refusal};
 use super::link::Link;
 use super::spdy::{self, headers::Headers};
 use super::websocket::{self, Channels, Coding, Tunnel};
-use super::{Closed, DuplexStream, Ended, Error, Settings, StreamWriter};
+use super::{Closed, DuplexStream, Ended, Error, Settings, StreamReader, StreamWriter};
 
 /// What SPDY clients may speak (cri-streaming portforward ProtocolV1Name).
 const SPDY_PROTOCOLS: &[&str] = &["portforward.k8s.io"];
@@ -30,6 +30,14 @@ const CHANNEL_PROTOCOLS: &[&str] = &["v4.channel.k8s.io", "v4.base64.channel.k8s
 /// Most ports of a WebSocket of channels, two channels each: the last channel of base64 is then still a character of
 /// ASCII.
 const PORTS: usize = 32;
+
+/// Most data streams that wait for their error stream. Each may fill its buffer, and streams that never fit together would
+/// fill 512 of them: 64 MiB for half a minute. Clients open the error stream first (client-go tools/portforward
+/// portforward.go handleConnection), so that no data stream of theirs waits.
+const UNPAIRED: usize = 8;
+
+/// Longest name of a request, of which one is kept for each stream that waits: clients count (0, 1, 2, …).
+const REQUEST_ID_BYTES: usize = 64;
 
 /// Connections that wait for being taken.
 const WAITING: usize = 64;
@@ -260,8 +268,11 @@ enum Role {
     Error,
 }
 
-/// The port and the role of a stream, if it has both.
+/// The port and the role of a stream, if it has both and its request has a name of no more than [`REQUEST_ID_BYTES`].
 fn describe(headers: &Headers) -> Option<(u16, Role)> {
+    if headers.get(REQUEST_ID).is_some_and(|id| id.len() > REQUEST_ID_BYTES) {
+        return None;
+    }
     let port = headers.get(PORT)?.parse().ok().filter(|port| *port > 0)?;
     match headers.get(STREAM_TYPE)? {
         "data" => Some((port, Role::Data)),
@@ -284,11 +295,15 @@ fn request_id(headers: &Headers, role: Role, stream: u32) -> String {
 struct Half {
     role: Role,
     port: u16,
-    stream: spdy::Incoming,
+    id: u32,
+    /// None of an error stream: what a client says on it is thrown away.
+    reader: Option<StreamReader>,
+    writer: StreamWriter,
     until: Instant,
 }
 
-/// Puts data and error streams together. There are never more halves than open streams.
+/// Puts data and error streams together. There are never more halves than open streams; an error stream that waits holds
+/// nothing, and of data streams no more than [`UNPAIRED`] wait.
 async fn pair(
     link: Arc<Link>,
     mut incoming: mpsc::Receiver<spdy::Incoming>,
@@ -311,10 +326,19 @@ async fn pair(
         };
         let Some(stream) = opened else { return };
         let Some((port, role)) = describe(&stream.headers) else { continue };
-        let id = request_id(&stream.headers, role, stream.id);
-        match halves.entry(id) {
+        let request = request_id(&stream.headers, role, stream.id);
+        let DuplexStream { reader, writer } = stream.stream;
+        let reader = (role == Role::Data).then_some(reader);
+        let until = Instant::now() + settings.creation;
+        let half = Half { role, port, id: stream.id, reader, writer, until };
+        let waiting = halves.values().filter(|half| half.role == Role::Data).count();
+        match halves.entry(request) {
+            Entry::Vacant(_) if role == Role::Data && waiting >= UNPAIRED => {
+                tracing::debug!(port, "too many data streams without an error stream: one is reset");
+                link.reset(half.id);
+            }
             Entry::Vacant(place) => {
-                place.insert(Half { role, port, stream, until: Instant::now() + settings.creation });
+                place.insert(half);
             }
             Entry::Occupied(place) if place.get().role == role => {
                 let name = if role == Role::Data { "data" } else { "error" };
@@ -322,53 +346,35 @@ async fn pair(
                     "error processing stream for request {}: {name} stream already assigned",
                     place.key()
                 );
-                link.reset(stream.id);
+                link.reset(half.id);
                 give_up(&link, place.remove(), &why);
             }
             Entry::Occupied(place) => {
                 let other = place.remove();
-                let (port, data, error) = match role {
-                    Role::Data => (port, stream, other.stream),
-                    Role::Error => (other.port, other.stream, stream),
-                };
-                hand_over(&link, &sender, port, data, error);
+                let (data, error) = if role == Role::Data { (half, other) } else { (other, half) };
+                hand_over(&link, &sender, data, error.writer);
             }
         }
     }
     link.close();
 }
 
-fn hand_over(
-    link: &Arc<Link>,
-    sender: &mpsc::Sender<ForwardedStream>,
-    port: u16,
-    data: spdy::Incoming,
-    error: spdy::Incoming,
-) {
-    let broken_off = link.broken_off(data.id);
-    let error = ErrorSender {
-        link: link.clone(),
-        data: data.id,
-        broken_off,
-        writer: error.stream.writer,
-        _last: None,
-    };
-    let data_id = data.id;
-    let forwarded = ForwardedStream { port, data: data.stream, error };
+fn hand_over(link: &Arc<Link>, sender: &mpsc::Sender<ForwardedStream>, data: Half, error: StreamWriter) {
+    let Half { port, id, reader: Some(reader), writer, .. } = data else { return };
+    let broken_off = link.broken_off(id);
+    let error = ErrorSender { link: link.clone(), data: id, broken_off, writer: error, _last: None };
+    let forwarded = ForwardedStream { port, data: DuplexStream { reader, writer }, error };
     if let Err(refused) = sender.try_send(forwarded) {
         let mut refused = refused.into_inner();
         refused.error.writer.send_last(b"too many connections wait to be forwarded");
-        link.reset(data_id);
+        link.reset(id);
     }
 }
 
 /// Says on the stream that is there that the other one will not be waited for.
-fn give_up(link: &Link, half: Half, why: &str) {
+fn give_up(link: &Link, mut half: Half, why: &str) {
     match half.role {
-        Role::Error => {
-            let mut writer = half.stream.stream.writer;
-            writer.send_last(why.as_bytes());
-        }
-        Role::Data => link.reset(half.stream.id),
+        Role::Error => half.writer.send_last(why.as_bytes()),
+        Role::Data => link.reset(half.id),
     }
 }

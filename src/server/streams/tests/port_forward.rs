@@ -152,6 +152,7 @@ async fn streams_that_say_too_little_are_refused() {
         &[("streamtype", "data"), ("port", "65536")],
         &[("streamtype", "data")],
         &[("streamtype", "stdin"), ("port", "80")],
+        &[("streamtype", "data"), ("port", "80"), ("requestid", &"9".repeat(65))],
         &[],
     ] {
         let id = client.open(headers).await;
@@ -182,6 +183,43 @@ async fn a_half_that_waits_in_vain_is_told() {
     client.until(|seen| seen.stream(error).fin && seen.stream(twice).reset.is_some()).await;
     let said = client.look(|seen| seen.stream(error).data);
     assert_eq!(said, b"error processing stream for request error: error stream already assigned");
+}
+
+#[tokio::test]
+async fn streams_that_never_fit_together_hold_little() {
+    let (mut client, mut forwarding) = spdy(Settings::PORT_FORWARD).await;
+    // What is said on an error stream is held by nobody.
+    for request in 0..20 {
+        let error = client
+            .open(&[("streamtype", "error"), ("port", "80"), ("requestid", &format!("e{request}"))])
+            .await;
+        client.data(error, &noise(300 * 1024), false).await;
+    }
+    // Of data streams without one, eight wait, as much as their buffers hold.
+    let mut opened = Vec::new();
+    for request in 0..40 {
+        let data = client
+            .open(&[("streamtype", "data"), ("port", "80"), ("requestid", &format!("d{request}"))])
+            .await;
+        client.data(data, &noise(128 * 1024), false).await;
+        opened.push(data);
+    }
+    client.ping(3).await;
+    client.until(|seen| seen.pings == [3]).await;
+    client.until(|seen| opened.iter().filter(|id| seen.stream(**id).reset.is_some()).count() == 32).await;
+    client.look(|seen| assert!(opened[..8].iter().all(|id| seen.stream(*id).reset.is_none())));
+    // Who keeps to the rules is served beside them, and so are those that waited.
+    let good = open(&mut client, "good", "80").await;
+    client.data(good.1, b"hello", true).await;
+    let mut stream = timeout(SOON, forwarding.streams.recv()).await.unwrap().unwrap();
+    let mut hello = Vec::new();
+    timeout(SOON, stream.data.read_to_end(&mut hello)).await.unwrap().unwrap();
+    assert_eq!(hello, b"hello");
+    client.open(&[("streamtype", "error"), ("port", "80"), ("requestid", "d0")]).await;
+    let mut stream = timeout(SOON, forwarding.streams.recv()).await.unwrap().unwrap();
+    let mut first = vec![0; 128 * 1024];
+    timeout(SOON, stream.data.read_exact(&mut first)).await.unwrap().unwrap();
+    assert!(first == noise(128 * 1024));
 }
 
 #[tokio::test]
