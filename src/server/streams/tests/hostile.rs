@@ -107,7 +107,7 @@ fn encode(frames: &[Frame]) -> Vec<u8> {
 }
 
 /// A masked frame of a WebSocket client.
-fn message(opcode: u8, fin: bool, payload: &[u8]) -> Vec<u8> {
+pub fn message(opcode: u8, fin: bool, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![u8::from(fin) << 7 | opcode & 0x7f];
     match payload.len() {
         length @ 0..126 => frame.push(0x80 | length as u8),
@@ -125,8 +125,18 @@ fn message(opcode: u8, fin: bool, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// What a test has time for; PROPTEST_CASES=100000 is for a longer run.
+const CASES: u32 = 96;
+
+fn config() -> ProptestConfig {
+    let set = std::env::var_os("PROPTEST_CASES").is_some();
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    // The default has read the variable.
+    ProptestConfig { cases: if set { config.cases } else { CASES }, ..config }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_bytes_end_a_spdy_connection_in_good_order(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {

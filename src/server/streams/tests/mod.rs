@@ -5,3 +5,4 @@ mod hostile;
 mod negotiation;
 mod port_forward;
 mod remote_command;
+mod seeds;

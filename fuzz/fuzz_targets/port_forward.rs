@@ -1,0 +1,10 @@
+//! Whatever a client of port-forward sends, the conversation ends, and without a panic.
+
+#![no_main]
+
+use jiriaf_pilot_fuzz::conversation;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| {
+    conversation::port_forward(input);
+});
