@@ -111,6 +111,13 @@ impl Https {
             .header("Sec-WebSocket-Protocol", protocol)
     }
 
+    /// A request for SPDY of this protocol.
+    pub fn spdy(&self, protocol: &str) -> Self {
+        self.header("Connection", "Upgrade")
+            .header("Upgrade", "SPDY/3.1")
+            .header("X-Stream-Protocol-Version", protocol)
+    }
+
     /// A connection whose handshake has been done.
     pub fn connect(&self) -> std::io::Result<Connection> {
         let stream = TcpStream::connect(self.address)?;
@@ -257,6 +264,14 @@ pub fn read_message(connection: &mut impl Read) -> std::io::Result<(u8, Vec<u8>)
     let mut payload = vec![0; usize::try_from(length).unwrap()];
     connection.read_exact(&mut payload)?;
     Ok((two[0] & 0x0f, payload))
+}
+
+/// A short message of a WebSocket client: bytes for a channel, masked with zeros.
+pub fn say(connection: &mut impl Write, channel: u8, bytes: &[u8]) -> std::io::Result<()> {
+    let length = u8::try_from(bytes.len() + 1).ok().filter(|length| *length < 126).expect("a short message");
+    let head = [0x82, 0x80 | length, 0, 0, 0, 0, channel];
+    connection.write_all(&[&head, bytes].concat())?;
+    connection.flush()
 }
 
 /// What an exec by WebSocket (v5.channel.k8s.io) gave: its output, and the status as JSON.

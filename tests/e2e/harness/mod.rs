@@ -11,6 +11,7 @@ mod namespace;
 mod pbs;
 mod pilot;
 mod proxy;
+pub mod spdy;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
