@@ -18,24 +18,54 @@ const SOON: Duration = Duration::from_secs(20);
 struct Bed {
     dir: tempfile::TempDir,
     mark: String,
+    /// Variables of the container's.
+    env: Vec<(String, String)>,
 }
 
 impl Bed {
     fn new(name: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("c")).unwrap();
-        Self { dir, mark: format!("sessions-{name}-{}", std::process::id()) }
+        let env = vec![("PATH".into(), std::env::var("PATH").unwrap())];
+        Self { dir, mark: format!("sessions-{name}-{}", std::process::id()), env }
+    }
+
+    /// In a job of PBS whose pbs_attach notes how it was called, with the session of the process that it was given, and
+    /// then does this.
+    fn on_pbs(mut self, then: &str) -> Self {
+        use std::os::unix::fs::PermissionsExt as _;
+        let bin = self.dir.path().join("bin");
+        std::fs::create_dir(&bin).unwrap();
+        let calls = self.dir.path().join("calls");
+        let script = format!(
+            "#!/bin/sh\necho \"$*\" in session $(ps -o sid= -p \"$4\") >> {}\n{then}\n",
+            calls.display()
+        );
+        std::fs::write(bin.join("pbs_attach"), script).unwrap();
+        std::fs::set_permissions(bin.join("pbs_attach"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        self.env = vec![
+            ("PATH".into(), format!("{}:{}", bin.display(), std::env::var("PATH").unwrap())),
+            ("PBS_JOBID".into(), "123.pbs".into()),
+            ("CALLS".into(), calls.display().to_string()),
+        ];
+        self
+    }
+
+    /// How pbs_attach was called.
+    fn calls(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.dir.path().join("calls")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
     }
 
     async fn start(&self, script: &str, stdio: Stdio, session: Session) -> Supervisor {
         let here = self.dir.path().join("c");
         let spec = ContainerSpec {
             argv: vec!["bash".into(), "-c".into(), script.into()],
-            env: vec![
-                ("PATH".into(), std::env::var("PATH").unwrap()),
-                ("INSIDE".into(), "yes".into()),
-                (MARK.into(), format!("{}/x", self.mark)),
-            ],
+            env: [
+                self.env.clone(),
+                vec![("INSIDE".into(), "yes".into()), (MARK.into(), format!("{}/x", self.mark))],
+            ]
+            .concat(),
             working_dir: here.clone(),
             log: here.join("logs/0.log"),
             container_dir: here,
@@ -276,4 +306,99 @@ async fn a_client_that_takes_nothing_holds_no_container_up() {
     input.write_all(b"go\n").unwrap();
     ended_with(supervisor, 0).await;
     assert!(bed.log().contains("line 20000 of many"));
+}
+
+/// A program that ends well when the last call of pbs_attach was for itself, as the first process of its session.
+const CALLED: &str = r#"test "$(tail -n 1 "$CALLS")" = "-j 123.pbs -p $$ in session $$""#;
+
+async fn runs_in_a_terminal(supervisor: &mut Supervisor, id: u64) {
+    let (_ours, theirs) = terminal::open().unwrap();
+    supervisor.exec(id, words(&["bash", "-c", CALLED]), ExecStdio::Terminal(theirs)).await;
+    assert_eq!(next(supervisor).await, Event::ExecEnded { id, exit_code: 0 });
+}
+
+#[tokio::test]
+async fn on_pbs_the_session_of_a_terminal_is_made_known_to_the_job_and_no_other_is() {
+    // What it says of itself changes nothing.
+    for then in ["exit 0", "exit 1"] {
+        let bed = Bed::new("pbs").on_pbs(then);
+        let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Shared).await;
+        let pipes = ExecStdio::Pipes([null(), null(), null()]);
+        supervisor.exec(1, words(&["true"]), pipes).await;
+        assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 1, exit_code: 0 });
+        assert_eq!(bed.calls(), Vec::<String>::new(), "these are in the job's session");
+        runs_in_a_terminal(&mut supervisor, 2).await;
+        assert_eq!(bed.calls().len(), 1);
+        finish(supervisor).await;
+    }
+}
+
+#[tokio::test]
+async fn on_pbs_a_container_that_is_a_terminal_is_made_known_to_the_job() {
+    let bed = Bed::new("pbs-tty").on_pbs("exit 0");
+    let stdio = Stdio::Terminal { input: false, once: false };
+    ended_with(bed.start(CALLED, stdio, Session::Shared).await, 0).await;
+    assert_eq!(bed.calls().len(), 1);
+}
+
+#[tokio::test]
+async fn a_pbs_attach_that_hangs_is_ended_and_the_terminal_comes_all_the_same() {
+    let bed = Bed::new("pbs-hangs").on_pbs("exec sleep 599");
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Shared).await;
+    runs_in_a_terminal(&mut supervisor, 1).await;
+    let own = format!("{}/", bed.dir.path().display());
+    let hanging = |pid: &i32| {
+        process::variable(*pid, "PATH").is_some_and(|path| path.starts_with(&own))
+            && process::describe(*pid).contains("sleep 599")
+    };
+    assert_eq!(process::all().into_iter().filter(hanging).count(), 0);
+    finish(supervisor).await;
+}
+
+#[tokio::test]
+async fn without_pbs_attach_a_terminal_comes_too() {
+    let mut bed = Bed::new("pbs-none");
+    bed.env.push(("PBS_JOBID".into(), "123.pbs".into()));
+    let mut supervisor = bed.start("sleep 600", Stdio::Null, Session::Shared).await;
+    let (_ours, theirs) = terminal::open().unwrap();
+    supervisor.exec(1, words(&["true"]), ExecStdio::Terminal(theirs)).await;
+    assert_eq!(next(&mut supervisor).await, Event::ExecEnded { id: 1, exit_code: 0 });
+    finish(supervisor).await;
+}
+
+#[tokio::test]
+async fn sixty_four_clients_may_be_attached_and_one_more_is_told_so() {
+    let bed = Bed::new("crowd");
+    let mut supervisor =
+        bed.start("read go; echo $go; exit 0", Stdio::Input { once: false }, Session::Own).await;
+    let (their_input, mut input) = {
+        let (read, write) = std::io::pipe().unwrap();
+        (OwnedFd::from(read), File::from(OwnedFd::from(write)))
+    };
+    let mut their_input = Some(their_input);
+    let mut clients = Vec::new();
+    for _ in 0..64 {
+        let ((stdout, theirs), (stderr, their_errors)) = (pipe(), pipe());
+        let stdin = their_input.take();
+        supervisor.attach(stdin.is_some(), [stdin.unwrap_or_else(null), theirs, their_errors]).await;
+        clients.push((stdout, stderr));
+    }
+    let ((mut stdout, theirs), (mut stderr, their_errors)) = (pipe(), pipe());
+    supervisor.attach(false, [null(), theirs, their_errors]).await;
+    let mut said = String::new();
+    stderr.read_to_string(&mut said).unwrap();
+    assert_eq!(said, "jiriaf-pilot: 64 clients are attached to this container already\n");
+    assert_eq!(stdout.read(&mut [0; 16]).unwrap(), 0);
+    // Who leaves makes room, also at a container that says nothing.
+    drop(clients.pop());
+    let ((stdout, theirs), (stderr, their_errors)) = (pipe(), pipe());
+    supervisor.attach(false, [null(), theirs, their_errors]).await;
+    clients.push((stdout, stderr));
+    input.write_all(b"on\n").unwrap();
+    ended_with(supervisor, 0).await;
+    for (mut stdout, _) in clients {
+        let mut said = String::new();
+        stdout.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "on\n");
+    }
 }

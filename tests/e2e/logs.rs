@@ -4,7 +4,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use jiff::Timestamp;
 
-use crate::harness::{Kubectl, Namespace, Options, Pilot, bed, container, pod_spec, seconds, wait_until};
+use crate::harness::{
+    Https, Kubectl, Namespace, Options, Pilot, bed, container, pod_spec, seconds, wait_until,
+};
 
 /// How long kubectl may take on a machine that is busy with other tests.
 const SLOW: Duration = seconds(60);
@@ -188,4 +190,35 @@ fn a_follower_loses_nothing_in_a_rotation_and_all_that_is_kept_can_be_read() {
         assert_eq!(lines.next(), None, "{who}");
     }
     assert_eq!(logs(&namespace, &["p", "--tail=1"]), format!("{count:010} {filler}\n"));
+}
+
+#[test]
+fn the_summary_tells_how_much_log_each_container_has() {
+    let namespace = Namespace::new("log-sizes");
+    let pilot = Pilot::local(Options::new("log-sizes"), 600);
+    // More than one file, and next to nothing.
+    let much =
+        "yes 'a line of some length, of which there are many' | head -n 200000\necho all\nexec sleep 600\n";
+    namespace.config_map("much", &[("run.sh", much)]);
+    namespace.config_map("little", &[("run.sh", "echo all\nexec sleep 600\n")]);
+    let containers = [container("c1", "much"), container("c2", "little")];
+    namespace.pod_on(&pilot, "p", pod_spec("Never", &containers));
+    namespace.wait_phase("p", "Running", seconds(30));
+    for name in ["c1", "c2"] {
+        wait_until("all is in the log", SLOW, || {
+            logs(&namespace, &["p", "-c", name, "--tail=1"]).trim_end() == "all"
+        });
+    }
+    let kept = |name: &str| -> u64 {
+        let directory = pilot.pod_directory("p").join("containers").join(name).join("logs");
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+    };
+    assert!(kept("c1") > (10 << 20), "{} bytes in more than one file", kept("c1"));
+    let admin = Https::node(&pilot).as_admin();
+    let summary: serde_json::Value = serde_json::from_str(&admin.get("/stats/summary").body).unwrap();
+    let told = summary["pods"][0]["containers"].as_array().unwrap();
+    for name in ["c1", "c2"] {
+        let one = told.iter().find(|one| one["name"] == name).unwrap();
+        assert_eq!(one["logs"]["usedBytes"], kept(name), "{name}: {summary:#}");
+    }
 }
