@@ -16,6 +16,7 @@ mod environment;
 mod exec;
 mod forward;
 mod full_disk;
+mod grant;
 mod hooks;
 mod identity;
 mod load;
