@@ -92,3 +92,49 @@ fn a_bad_setting_is_a_failure_with_its_flag() {
     check(root.path(), &["--node-name", "Bad_Name"]).line("FAIL", "settings", "--node-name");
     assert_eq!(check(root.path(), &["--walltime", "soon"]).code, Some(2), "as for run");
 }
+
+#[test]
+fn certificate_files_are_read_and_a_pair_that_does_not_fit_is_a_failure() {
+    let root = tempfile::tempdir().unwrap();
+    fs::create_dir(root.path().join("home")).unwrap();
+    let file = |name: &str, text: &str| {
+        let path = root.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let made = |name: &str| rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
+    let (one, other) = (made("n1"), made("n2"));
+    let certificate = file("tls.crt", &one.cert.pem());
+    let key = file("tls.key", &one.signing_key.serialize_pem());
+    let strange = file("strange.key", &other.signing_key.serialize_pem());
+    let nothing = file("nothing.crt", "no PEM in here\n");
+    let pair = |certificate: &str, key: &str| {
+        check(root.path(), &["--tls-cert-file", certificate, "--tls-private-key-file", key])
+    };
+
+    pair(&certificate, &key).line("ok", "settings", "jiriaf-pilot");
+    pair(&certificate, &strange).line("FAIL", "settings", "strange.key");
+    pair(&certificate, &strange).line("FAIL", "settings", "--tls-private-key-file");
+    pair(&nothing, &key).line("FAIL", "settings", "no certificate in it");
+    pair("/nonexistent/tls.crt", &key).line("FAIL", "settings", "/nonexistent/tls.crt: No such file");
+    check(root.path(), &["--tls-cert-file", &certificate]).line("FAIL", "settings", "together");
+
+    check(root.path(), &["--client-ca-file", &certificate]).line("ok", "settings", "jiriaf-pilot");
+    check(root.path(), &["--client-ca-file", &nothing]).line("FAIL", "settings", "--client-ca-file");
+    check(root.path(), &["--client-ca-file", &key]).line("FAIL", "settings", "holds no certificate");
+}
+
+#[test]
+fn a_pilot_with_certificate_files_that_are_no_good_does_not_start() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("ca.crt");
+    fs::write(&path, "no PEM in here\n").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_jiriaf-pilot"))
+        .args(["run", "--client-ca-file", path.to_str().unwrap()])
+        .env_clear()
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.starts_with("error: invalid value") && text.contains("--client-ca-file"), "{text}");
+}

@@ -167,21 +167,21 @@ pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
     }
     match (&args.tls_cert_file, &args.tls_private_key_file) {
         (None, None) => {}
-        (Some(cert), Some(key)) => {
-            for (flag, file) in [("--tls-cert-file", cert), ("--tls-private-key-file", key)] {
-                File::open(file).map_err(|error| {
-                    SetupError::Setting(format!(
-                        "invalid value '{}' for '{flag}': {error}; a readable PEM file is wanted",
-                        file.display()
-                    ))
-                })?;
-            }
+        (Some(certificate), Some(key)) => {
+            certificates::pair::from_files(certificate, key).map_err(|error| {
+                SetupError::Setting(format!(
+                    "invalid values for '--tls-cert-file' and '--tls-private-key-file': {error}"
+                ))
+            })?;
         }
         _ => {
             return Err(SetupError::Setting(
                 "--tls-cert-file and --tls-private-key-file are given together or not at all".to_owned(),
             ));
         }
+    }
+    if let Some(file) = &args.client_ca_file {
+        api::authorities_in(file)?;
     }
     Ok(())
 }

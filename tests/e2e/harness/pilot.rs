@@ -11,7 +11,7 @@ use nix::unistd::{Pid, User};
 use serde_json::{Value, json};
 
 use super::host::{as_user_without_limit, home, places};
-use super::{ALICE, PbsJob, api, as_user, bed, marked, run, seconds, unique, wait_for, wait_until};
+use super::{ALICE, Output, PbsJob, api, as_user, bed, marked, run, seconds, unique, wait_for, wait_until};
 
 /// How long a job may wait for a free node: other tests' jobs of some minutes may hold all of them.
 const QUEUE_LIMIT: Duration = seconds(600);
@@ -187,6 +187,14 @@ impl Pilot {
         pilot.started_as_job(&run_until_accepted(&mut command));
         pilot.wait_ready(options.nodes as usize);
         pilot
+    }
+
+    /// Runs another subcommand to its end, in the place of a pilot of these options.
+    pub fn ask(options: &Options, arguments: &[&str]) -> Output {
+        let (pilot, environment) = Self::prepare(options);
+        let mut command = as_user(ALICE, bed().binary().to_str().unwrap());
+        command.args(arguments).args(&options.arguments).current_dir(&pilot.home).envs(environment);
+        run(&mut command)
     }
 
     fn start(options: &Options, mut command: Command) -> Self {

@@ -61,10 +61,20 @@ pub(super) fn client_authorities(
     file: Option<&Path>,
     kube: &Kube,
 ) -> Result<Vec<CertificateDer<'static>>, SetupError> {
-    let Some(file) = file else {
-        let known = kube.config.root_cert.clone().unwrap_or_default();
-        return Ok(known.into_iter().map(CertificateDer::from).collect());
-    };
+    match file {
+        Some(file) => authorities_in(file),
+        None => {
+            let known = kube.config.root_cert.clone().unwrap_or_default();
+            Ok(known.into_iter().map(CertificateDer::from).collect())
+        }
+    }
+}
+
+/// The certificates in `--client-ca-file`.
+///
+/// # Errors
+/// When the file cannot be read, or holds none.
+pub(super) fn authorities_in(file: &Path) -> Result<Vec<CertificateDer<'static>>, SetupError> {
     let wrong = |problem: String| {
         SetupError::Setting(format!(
             "invalid value '{}' for '--client-ca-file': {problem}; a readable file of PEM certificates is wanted",
