@@ -1,8 +1,10 @@
 //! The example that JIRIAF's users begin with.
 
-use crate::harness::{Namespace, Options, Pilot, read, seconds, wait_for, wait_until};
+use serde_json::Value;
 
-/// As users write it, but for the time that stress takes.
+use crate::harness::{Namespace, Options, Pilot, read, seconds, wait_until};
+
+/// As users write it, to the letter.
 const EXAMPLE: &str = r##"
 kind: ConfigMap
 apiVersion: v1
@@ -16,12 +18,11 @@ apiVersion: v1
 kind: Pod
 metadata: {name: p1, labels: {app: new-test-pod}}
 spec:
-  restartPolicy: Never
   containers:
     - name: c1
       image: direct-stress # the name of one of the volumeMounts
       command: ["bash"]
-      args: ["TIME", "2"]
+      args: ["300", "2"]
       volumeMounts:
         - {name: direct-stress, mountPath: stress/job1} # root: $HOME/p1/containers/c1
   volumes:
@@ -39,40 +40,53 @@ spec:
               - {key: jiriaf.alivetime, operator: Gt, values: ["10"]}
 "##;
 
-#[test]
-fn the_seed_example_runs_and_succeeds_at_the_plain_path_twice_in_a_row() {
-    let namespace = Namespace::new("seed");
-    // The one test whose site is not its own, because the example names it.
-    let pilot = Pilot::sbatch(Options { site: Some("mylin".into()), ..Options::new("seed") });
-    for _ in 0..2 {
-        namespace.apply(&EXAMPLE.replace("TIME", "2"));
-        let container = pilot.home.join("p1/containers/c1");
-        wait_until("stress runs", seconds(30), || {
-            pilot.processes().iter().any(|(_, command)| command.starts_with("stress --timeout 2 --cpu 2"))
-        });
-        assert!(read(&container.join("stress/job1/stress.sh")).contains("stress --timeout"));
-        let pgid: i32 = read(&container.join("pgid")).trim_end().parse().unwrap();
-        assert!(pgid > 1, "pgid is {pgid}");
-        namespace.wait_phase("p1", "Succeeded", seconds(30));
-        namespace.of("pods").delete("p1", None);
-        namespace.wait_gone("p1", seconds(30));
-        wait_until("the pod's directory is gone", seconds(10), || !pilot.home.join("p1").exists());
-    }
+/// The stress processes of a pilot: the parent, and a worker for each CPU.
+fn stress(pilot: &Pilot) -> Vec<String> {
+    let processes = pilot.processes().into_iter().map(|(_, line)| line);
+    processes.filter(|line| line.starts_with("stress ")).collect()
 }
 
 #[test]
-fn a_deleted_seed_example_leaves_no_stress_behind() {
-    let namespace = Namespace::new("seed-deleted");
-    let pilot = Pilot::sbatch(Options::new("seed-deleted"));
-    namespace.apply(&EXAMPLE.replace("TIME", "300").replace("mylin", &pilot.site));
-    let running = || -> Vec<i32> {
-        let processes = pilot.processes();
-        processes.into_iter().filter(|(_, line)| line.starts_with("stress ")).map(|(pid, _)| pid).collect()
-    };
-    // The parent and its two workers.
-    wait_for("stress and its workers run", seconds(30), || (running().len() >= 3).then_some(()));
-    namespace.wait_phase("p1", "Running", seconds(10));
-    namespace.of("pods").delete("p1", Some(5));
-    namespace.wait_gone("p1", seconds(20));
-    assert_eq!(running(), Vec::<i32>::new(), "of stress, when the pod is gone");
+fn the_seed_example_runs_as_it_is_written_twice_in_a_row_at_the_plain_path_and_leaves_no_stress_behind() {
+    let namespace = Namespace::new("seed");
+    // The one test whose site is not its own, because the example names it.
+    let pilot = Pilot::sbatch(Options { site: Some("mylin".into()), ..Options::new("seed") });
+    let container = pilot.home.join("p1/containers/c1");
+    let mut uids = Vec::new();
+    for _ in 0..2 {
+        namespace.apply(EXAMPLE);
+        wait_until("stress and its workers run", seconds(30), || stress(&pilot).len() >= 3);
+        assert!(stress(&pilot)[0].starts_with("stress --timeout 300 --cpu 2"), "{:?}", stress(&pilot));
+        let pod = namespace.wait_phase("p1", "Running", seconds(10));
+        assert_eq!(pod["spec"]["restartPolicy"], "Always", "the example names none");
+        // At the plain path is this pod's directory, whatever becomes of the first one's.
+        let marker = read(&pilot.home.join("p1/.jiriaf-pilot.json"));
+        let marker: Value = serde_json::from_str(&marker).unwrap_or_else(|error| panic!("{error}: {marker}"));
+        assert_eq!(marker["uid"], pod["metadata"]["uid"], "{marker:#}");
+        uids.push(marker["uid"].clone());
+        assert!(read(&container.join("stress/job1/stress.sh")).contains("stress --timeout"));
+        let pgid: i32 = read(&container.join("pgid")).trim_end().parse().unwrap();
+        assert!(pgid > 1, "pgid is {pgid}");
+        namespace.of("pods").delete("p1", Some(5));
+        namespace.wait_gone("p1", seconds(20));
+        assert_eq!(stress(&pilot), Vec::<String>::new(), "when the pod is gone");
+        // The next one comes at once, whether the directory has gone or not.
+    }
+    assert_ne!(uids[0], uids[1], "the second pod is another one");
+    wait_until("the pod's directory is gone", seconds(10), || !pilot.home.join("p1").exists());
+}
+
+#[test]
+fn the_seed_example_that_is_to_run_once_succeeds() {
+    let namespace = Namespace::new("seed-once");
+    let pilot = Pilot::sbatch(Options::new("seed-once"));
+    let once = EXAMPLE
+        .replace("spec:\n  containers:", "spec:\n  restartPolicy: Never\n  containers:")
+        .replace(r#"["300", "2"]"#, r#"["2", "2"]"#)
+        .replace("mylin", &pilot.site);
+    namespace.apply(&once);
+    wait_until("stress runs", seconds(30), || {
+        stress(&pilot).first().is_some_and(|line| line.starts_with("stress --timeout 2 --cpu 2"))
+    });
+    namespace.wait_phase("p1", "Succeeded", seconds(30));
 }

@@ -1,10 +1,14 @@
 //! The walltime: what a job's own limit does, and what becomes of pods when it is moved.
 
+use std::path::Path;
+
 use jiff::Timestamp;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ApiProxy, Namespace, Options, Pilot, api, condition, container, job, pod_spec, seconds, wait_until,
+    ApiProxy, Namespace, Options, Pilot, api, condition, container, job, pod_spec, read, seconds, wait_for,
+    wait_until,
 };
 
 /// Ends by itself at a SIGTERM, and not before.
@@ -62,6 +66,43 @@ fn a_job_of_two_minutes_drains_its_pods_before_the_limit_and_completes() {
     assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
     wait_until("the lease is gone", seconds(5), || pilot.lease().is_none());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn the_example_of_a_job_goes_on_in_the_next_allocation_and_its_disruptions_count_for_nothing() {
+    let namespace = Namespace::new("disruption");
+    let mut first = Pilot::local(Options::new("disruption"), 600);
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/examples/job-disruption.yaml");
+    let agent = "kubernetes.io/role: agent";
+    let text = read(&example);
+    assert!(text.contains(agent) && text.contains("args: [\"3\"]"), "{text}");
+    // On these pilots alone, and long enough to be there at the end of the first.
+    let text = text.replace(agent, &format!("{agent}\n        jiriaf.site: {}", first.site));
+    namespace.apply(&text.replace("args: [\"3\"]", "args: [\"10\"]"));
+    wait_until("two of its three pods run", seconds(30), || {
+        on_node(&namespace, &first, "Running").len() == 2
+    });
+    first.signal(Signal::SIGTERM);
+    assert_eq!(first.wait_exit(seconds(40)), Some(0), "{}", first.output());
+    let disrupted = on_node(&namespace, &first, "Failed");
+    assert_eq!(disrupted.len(), 2, "{disrupted:#?}");
+    for pod in &disrupted {
+        assert_eq!(condition(pod, "DisruptionTarget")["status"], "True", "{pod:#}");
+    }
+
+    let site = Some(first.site.clone());
+    let second = Pilot::local(Options { site, ..Options::new("disruption") }, 600);
+    let jobs = api::grouped("batch/v1", &namespace.name, "jobs");
+    // After an ignored failure the Job controller waits as after any other: 10 s at first.
+    let done = wait_for("the Job is complete", seconds(120), || {
+        let job = jobs.get("work").unwrap();
+        assert_eq!(condition(&job, "Failed"), Value::Null, "{:#}", job["status"]);
+        (condition(&job, "Complete")["status"] == "True").then_some(job)
+    });
+    assert_eq!(done["status"]["succeeded"], 3, "{:#}", done["status"]);
+    // Failures that count against backoffLimit are counted here.
+    assert_eq!(done["status"]["failed"], Value::Null, "{:#}", done["status"]);
+    assert_eq!(on_node(&namespace, &second, "Succeeded").len(), 3);
 }
 
 #[test]
