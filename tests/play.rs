@@ -300,6 +300,29 @@ fn a_pod_that_can_never_start_is_given_up() {
 }
 
 #[test]
+fn a_key_or_a_path_that_would_leave_its_volume_is_refused_and_nothing_is_written_outside() {
+    // A cluster's API server takes neither. Here nobody has looked at them before.
+    let home = Home::new();
+    let good = with_script("touch $HOME/started", &pod("p", ""));
+    for key in ["../x", "a/../../../x", "..", "../../../../x", "/x"] {
+        let played = home.play_text(&good.replace("run.sh", &format!("{key:?}")));
+        assert_eq!(played.code, 1, "{}", played.all());
+        let wanted = format!("manifest.yaml, document 1: the key {key:?} is no good: ");
+        assert!(played.err.starts_with("error: ") && played.err.contains(&wanted), "{}", played.all());
+        let secret =
+            format!("kind: Secret\napiVersion: v1\nmetadata: {{name: k}}\nstringData: {{{key:?}: x}}\n---\n");
+        let played = home.play_text(&format!("{secret}{good}"));
+        assert_eq!((played.code, played.err.contains(&wanted)), (1, true), "{}", played.all());
+    }
+    let items = "configMap: {name: s, items: [{key: run.sh, path: ../../../x}]}";
+    let played = home.play_text(&good.replace("configMap: {name: s}", items));
+    assert_eq!(played.code, 1, "{}", played.all());
+    assert!(played.err.contains("must not contain '..': ../../../x"), "{}", played.all());
+    // Neither `x` nor `started`.
+    home.is_clean();
+}
+
+#[test]
 fn other_kinds_are_named_and_ignored() {
     let home = Home::new();
     let service = "kind: Service\napiVersion: v1\nmetadata: {name: web}\nspec: {}\n---\n";

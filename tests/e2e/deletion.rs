@@ -1,6 +1,8 @@
 //! The end of a pod that somebody deletes, and of what its scripts left behind.
 
-use crate::harness::{Namespace, Options, Pilot, container, pod_spec, read, seconds, wait_until};
+use serde_json::Value;
+
+use crate::harness::{ApiProxy, Namespace, Options, Pilot, container, pod_spec, read, seconds, wait_until};
 
 #[test]
 fn a_trap_on_sigterm_runs_to_its_end_within_the_grace() {
@@ -59,4 +61,41 @@ fn a_forced_deletion_kills_too() {
     namespace.wait_gone("p", seconds(5));
     namespace.pod_on(&pilot, "p", pod_spec("Never", &[container("c1", "p")]));
     wait_until("the next of this name has the plain path", seconds(20), || pilot.pod_directory("p").exists());
+}
+
+#[test]
+fn a_pod_that_was_made_again_while_the_first_of_its_name_ends_is_not_deleted_with_it() {
+    let namespace = Namespace::new("again");
+    let proxy = ApiProxy::start();
+    let pilot = Pilot::local(Options { server: Some(proxy.url()), ..Options::new("again") }, 600);
+    let go = pilot.home.join("go");
+    let script = format!(
+        "trap 'echo >{0}.trap; until [ -e {0} ]; do sleep 0.1; done; exit 0' TERM\nsleep 1000 & wait\n",
+        go.display()
+    );
+    namespace.script_on(&pilot, "p", &script);
+    let uid = |pod: &Value| pod["metadata"]["uid"].as_str().unwrap().to_owned();
+    let first = uid(&namespace.wait_phase("p", "Running", seconds(30)));
+    namespace.of("pods").delete("p", Some(60));
+    wait_until("the first is ending", seconds(20), || go.with_extension("trap").exists());
+
+    // While the pilot hears nothing, another takes the name; then the first ends, and is to be deleted.
+    proxy.cut();
+    namespace.of("pods").delete("p", Some(0));
+    namespace.wait_gone("p", seconds(10));
+    let second = uid(&namespace.pod_on(&pilot, "p", pod_spec("Never", &[container("c1", "p")])));
+    assert_ne!(first, second);
+    std::fs::write(&go, "").unwrap();
+    wait_until("the first has ended", seconds(20), || pilot.stages("supervise").is_empty());
+    proxy.restore();
+
+    let pod = namespace.wait_phase("p", "Running", seconds(60));
+    wait_until("nothing of the first is left", seconds(30), || {
+        pilot.stages("supervise").len() == 1 && !pilot.home.join(format!("p.{}", &first[..8])).exists()
+    });
+    let now = namespace.pod("p").expect("the second is there");
+    assert_eq!((uid(&pod), uid(&now)), (second.clone(), second));
+    assert_eq!(now["metadata"]["deletionTimestamp"], Value::Null, "{:#}", now["metadata"]);
+    assert_eq!(now["status"]["phase"], "Running", "{:#}", now["status"]);
+    assert_eq!(now["status"]["containerStatuses"][0]["restartCount"], 0, "{:#}", now["status"]);
 }

@@ -44,3 +44,28 @@ fn another_user_can_read_nothing_of_a_pod_whatever_the_umask() {
     }
     assert!(!pilot.output().contains("s3cr3t"), "{}", pilot.output());
 }
+
+#[test]
+fn a_pod_cannot_read_the_memory_of_the_pilot_that_runs_it() {
+    let namespace = Namespace::new("dumpable");
+    let pilot = Pilot::local(Options::new("dumpable"), 600);
+    namespace.script_on(&pilot, "p", "exec sleep 3671\n");
+    namespace.wait_phase("p", "Running", seconds(30));
+    let stages = [pilot.stages("run"), pilot.stages("pilot"), pilot.stages("supervise")];
+    assert!(stages.iter().all(|stage| stage.len() == 1), "guardian, pilot, supervisor: {stages:?}");
+    let read_as_alice = |pid: i32, file: &str| {
+        let output = run(as_user(ALICE, "head").args(["-c", "1", &format!("/proc/{pid}/{file}")]));
+        (output.success, output.text)
+    };
+    for pid in stages.iter().flatten() {
+        for file in ["environ", "mem", "maps", "auxv"] {
+            let (success, text) = read_as_alice(*pid, file);
+            assert!(!success && text.contains("Permission denied"), "/proc/{pid}/{file}: {text}");
+        }
+    }
+    // Of what is not the pilot's own, its user can.
+    let processes = pilot.processes();
+    let script = processes.iter().find(|(_, line)| line.starts_with("sleep 3671"));
+    let script = script.unwrap_or_else(|| panic!("no sleep: {processes:?}")).0;
+    assert!(read_as_alice(script, "environ").0, "{:?}", read_as_alice(script, "environ"));
+}

@@ -116,6 +116,53 @@ fn items_modes_and_binary_data_are_as_kubernetes_says() {
 }
 
 #[test]
+fn a_mount_in_the_home_directory_is_taken_as_written_and_replaces_nothing() {
+    let namespace = Namespace::new("home");
+    let pilot = Pilot::local(Options::new("home"), 300);
+    let keys = pilot.home.join("keys");
+    let script = format!("mkdir {0} && echo mine >{0}/own", keys.display());
+    assert!(run(as_user(ALICE, "sh").args(["-c", &script])).success);
+    namespace.config_map("p", &[("run.sh", "cat ~/keys/new >seen\nsleep 600\n")]);
+    let reads = |object: &str| {
+        let mut reads = container("c1", "p");
+        reads["volumeMounts"].as_array_mut().unwrap().push(json!({"name": object, "mountPath": "~/keys"}));
+        pod_spec("Never", &[reads])
+    };
+
+    // Beside what is there already.
+    namespace.config_map("keys", &[("new", "value")]);
+    namespace.pod_on(&pilot, "p", reads("keys"));
+    namespace.wait_phase("p", "Running", seconds(30));
+    assert_eq!(read(&keys.join("new")), "value");
+    wait_until("the script has read it", seconds(10), || {
+        std::fs::read_to_string(pilot.pod_directory("p").join("containers/c1/seen"))
+            .is_ok_and(|t| t == "value")
+    });
+
+    // In the place of the user's own file: never.
+    namespace.config_map("own", &[("own", "the pod's")]);
+    namespace.pod_on(&pilot, "q", reads("own"));
+    wait_until("an event says why it waits", seconds(20), || {
+        namespace.events("q").iter().any(|(reason, message)| {
+            reason == "FailedMount" && message.contains("keys/own") && message.contains("never replaced")
+        })
+    });
+    assert_eq!(namespace.pod("q").unwrap()["status"]["phase"], "Pending");
+    // Nor what another pod has there.
+    namespace.pod_on(&pilot, "r", reads("keys"));
+    wait_until("an event says why it waits", seconds(20), || {
+        namespace.events("r").iter().any(|(_, message)| message.contains("keys/new"))
+    });
+
+    for pod in ["q", "r", "p"] {
+        namespace.of("pods").delete(pod, Some(1));
+        namespace.wait_gone(pod, seconds(20));
+    }
+    wait_until("the pod's file is gone", seconds(10), || !keys.join("new").exists());
+    assert_eq!(read(&keys.join("own")), "mine\n");
+}
+
+#[test]
 fn a_key_or_a_path_that_would_leave_the_volume_never_gets_to_the_host() {
     let namespace = Namespace::new("leave");
     let pilot = Pilot::local(Options::new("leave"), 300);

@@ -16,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Longest name of a pod (DNS subdomain, RFC 1123, as apimachinery's validation has it).
+/// Longest name of a pod, and longest key of a ConfigMap (DNS subdomain, RFC 1123, as apimachinery's validation has it).
 const SUBDOMAIN: usize = 253;
 
 /// Longest name of a container, a namespace, and a Job (whose pods' names are its own and more): a DNS label.
@@ -284,6 +284,8 @@ impl Manifests {
             "ConfigMap" => {
                 let mut map: ConfigMap = object(value, place)?;
                 complete(&mut map.metadata, String::new(), SUBDOMAIN, place)?;
+                let text = map.data.iter().flatten().map(|(key, _)| key);
+                check_keys(text.chain(map.binary_data.iter().flatten().map(|(key, _)| key)), place)?;
                 self.config_maps.push(map);
             }
             _ => {
@@ -293,6 +295,7 @@ impl Manifests {
                 let text = secret.string_data.take().unwrap_or_default();
                 let data = secret.data.get_or_insert_default();
                 data.extend(text.into_iter().map(|(key, text)| (key, ByteString(text.into_bytes()))));
+                check_keys(data.keys(), place)?;
                 self.secrets.push(secret);
             }
         }
@@ -415,6 +418,24 @@ fn is_name(name: &str, most: usize) -> bool {
         && edge(bytes.last())
         && !name.contains("..")
         && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'))
+}
+
+/// Keys of ConfigMaps and Secrets become names of files and variables (apimachinery's validation, IsConfigMapKey).
+fn check_keys<'a>(mut keys: impl Iterator<Item = &'a String>, place: &Place) -> Result<(), ManifestError> {
+    let is_good = |key: &str| {
+        let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+        (1..=SUBDOMAIN).contains(&key.len())
+            && key.bytes().all(letter)
+            && key != "."
+            && !key.starts_with("..")
+    };
+    match keys.find(|key| !is_good(key)) {
+        None => Ok(()),
+        Some(key) => Err(place.error(format!(
+            "the key {key:?} is no good: at most {SUBDOMAIN} letters, digits, '-', '_' and '.' are wanted, not '.' alone \
+             and not '..' first"
+        ))),
+    }
 }
 
 fn check_pod(spec: Option<&PodSpec>, place: &Place) -> Result<(), ManifestError> {

@@ -46,6 +46,8 @@ fn what_the_api_server_would_refuse_is_refused() {
         (POD.replace("{name: p1}", "{name: p1, namespace: a/b}"), "namespace \"a/b\""),
         (POD.replace("{name: p1}", "{}"), "no metadata.name"),
         (POD.replace("name: c1", "name: ../c"), "container name"),
+        ("kind: ConfigMap\nmetadata: {name: m}\nbinaryData: {a/b: eA==}\n".to_owned(), "the key \"a/b\""),
+        ("kind: Secret\nmetadata: {name: s}\nstringData: {..x: z}\n".to_owned(), "the key \"..x\""),
         (POD.replace("image: i", "args: [300]"), "args[0] must be text"),
         (POD.replace("image: i", "env: [{name: A, value: true}]"), "env[0].value must be text"),
         (POD.replace("image: i", "args: 300"), "document 1"),
