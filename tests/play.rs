@@ -3,13 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 /// A user's home with nothing in it.
 struct Home(tempfile::TempDir);
@@ -319,6 +323,96 @@ fn a_key_or_a_path_that_would_leave_its_volume_is_refused_and_nothing_is_written
     assert_eq!(played.code, 1, "{}", played.all());
     assert!(played.err.contains("must not contain '..': ../../../x"), "{}", played.all());
     // Neither `x` nor `started`.
+    home.is_clean();
+}
+
+#[test]
+fn pods_and_jobs_of_several_files_and_of_standard_input_run_together() {
+    let home = Home::new();
+    let file = |name: &str, text: &str| {
+        let path = home.path().join(".jiriaf-pilot").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // The script is in a file of its own: objects are looked for in all of them.
+    let script = with_script("echo here; [[ $PWD == */a/* ]] && exit 3; exit 0", "");
+    let (scripts, pods) = (file("scripts.yaml", &script), file("a.yaml", &pod("a", "")));
+    let mut child = home
+        .command(&[&pods, "-", &scripts])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = format!("{}\n---\n{}", job("completions: 2,", "Never"), pod("b", ""));
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let played = Played::new(child.wait_with_output().unwrap());
+    assert_eq!(played.code, 3, "{}", played.all());
+    for pod in ["a", "b", "j-0", "j-1"] {
+        assert!(played.out.contains(&format!("{pod}/c | here\n")), "{pod}: {}", played.all());
+    }
+    assert_eq!(played.out.matches("  Succeeded  ").count(), 3, "{}", played.all());
+    home.is_clean();
+}
+
+/// A terminal, and what a program opens of it.
+fn terminal() -> (fs::File, Stdio) {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&ours).unwrap();
+    unlockpt(&ours).unwrap();
+    let name = ptsname(&ours, Vec::new()).unwrap().into_string().unwrap();
+    let mut options = fs::File::options();
+    options.read(true).write(true).custom_flags(OFlag::O_NOCTTY.bits());
+    (fs::File::from(ours), Stdio::from(options.open(name).unwrap()))
+}
+
+#[test]
+fn on_a_terminal_a_line_says_what_runs_and_how_much_walltime_is_left() {
+    let home = Home::new();
+    // Each pod waits for a file of its own, where nothing else looks.
+    let go = home.path().join(".jiriaf-pilot/go");
+    fs::create_dir_all(go.parent().unwrap()).unwrap();
+    let script = format!(
+        "n=b; [[ $PWD == */a/* ]] && n=a; echo ready; until [ -e {}.$n ]; do sleep 0.05; done; echo done",
+        go.display()
+    );
+    let file = home.path().join("manifest.yaml");
+    fs::write(&file, with_script(&script, &format!("{}\n---\n{}", pod("a", ""), pod("b", "")))).unwrap();
+
+    let (mut ours, theirs) = terminal();
+    let mut command = home.command(&["--walltime", "10m", file.to_str().unwrap()]);
+    let child = command.stdout(Stdio::piped()).stderr(theirs).spawn().unwrap();
+    // The terminal ends for us when nobody has it open any more.
+    drop(command);
+    let shown = Arc::new(Mutex::new(String::new()));
+    let screen = Arc::clone(&shown);
+    let reader = std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        // Its end is an error (EIO).
+        while let Ok(n) = ours.read(&mut bytes) {
+            screen.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..n]));
+        }
+    });
+    let shows = |wanted: &[&str]| {
+        let begun = Instant::now();
+        while !wanted.iter().any(|text| shown.lock().unwrap().contains(text)) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{wanted:?}: {:?}", shown.lock().unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    shows(&["running: a, b; 9m 5", "running: b, a; 9m 5"]);
+    fs::write(go.with_extension("b"), "").unwrap();
+    shows(&["running: a; 1 ended; 9m "]);
+    fs::write(go.with_extension("a"), "").unwrap();
+
+    let played = Played::new(child.wait_with_output().unwrap());
+    reader.join().unwrap();
+    let shown = shown.lock().unwrap();
+    assert_eq!(played.code, 0, "{}{shown:?}", played.all());
+    // The line is gone at the end, and was never where the output is.
+    assert!(shown.ends_with("\r\u{1b}[2K"), "{shown:?}");
+    assert!(played.out.contains("a/c | ready\n") && !played.out.contains('\u{1b}'), "{}", played.all());
     home.is_clean();
 }
 

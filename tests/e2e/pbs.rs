@@ -31,6 +31,21 @@ fn a_walltime_in_broken_json_is_known_and_followed_when_it_changes() {
 }
 
 #[test]
+fn the_answers_of_a_real_openpbs_are_understood_and_followed_when_they_change() {
+    let job = PbsJob::new(1, "");
+    job.recorded("qstat-f-running", "00:05:00");
+    let pilot = Pilot::pbs(Options::new("pbs-recorded"), &job);
+    assert!((280..=300).contains(&left(&pilot)), "{} s are left", left(&pilot));
+    let capacity = pilot.nodes()[0]["status"]["capacity"].clone();
+    assert_eq!((&capacity["cpu"], &capacity["memory"]), (&"1".into(), &"500Mi".into()), "{capacity:#}");
+    // Of a job whose variables hold quotes, line ends, backslashes, numbers and nothing at all.
+    job.recorded("quirks/qstat-f.55.pbshost", "02:00:00");
+    pilot.signal(Signal::SIGUSR1);
+    wait_until("the deadline moves away", seconds(15), || (7100..=7200).contains(&left(&pilot)));
+    wait_until("alivetime follows", seconds(15), || pilot.alivetime().is_some_and(|now| now > 6000));
+}
+
+#[test]
 fn a_torque_that_knows_no_json_is_asked_for_text() {
     let job = PbsJob::new(1, "00:10:00");
     job.mode("torque");

@@ -2,18 +2,20 @@
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 
 use super::host::{home, places};
-use super::{ALICE, bed, unique};
+use super::{ALICE, bed, read, unique};
 
 /// A job with a qstat (tests/pbs/qstat) of its own. Its files go at drop.
 pub struct PbsJob {
     /// The value of PBS_JOBID.
     pub id: String,
+    /// When it started, as ctime(3) has it in UTC: the pilot asks in UTC.
+    start: String,
     directory: PathBuf,
 }
 
@@ -31,9 +33,10 @@ impl PbsJob {
             std::fs::copy(bed().script("stand-ins").join(program), &copy).unwrap();
             std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
         }
-        let job = Self { id: format!("{}.pbshost", std::process::id()), directory };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-        job.write("stime", &now.to_string());
+        let now = Timestamp::now();
+        let start = now.strftime("%a %b %e %H:%M:%S %Y").to_string();
+        let job = Self { id: format!("{}.pbshost", std::process::id()), start, directory };
+        job.write("stime", &now.as_second().to_string());
         job.walltime(walltime);
         let lines: String = (0..hosts).map(|number| format!("host{number}\n")).collect();
         job.write("nodefile", &lines);
@@ -50,9 +53,23 @@ impl PbsJob {
         self.write("mode", mode);
     }
 
-    /// qstat gives this recorded answer from now on.
-    pub fn recorded(&self, answer: &str) {
-        self.write("answer", answer);
+    /// qstat gives this recorded answer of a real server from now on, in both its forms, as that of this job: with its
+    /// id, its start and this walltime.
+    pub fn recorded(&self, name: &str, walltime: &str) {
+        let recorded = |form: &str| read(&bed().fixture(&format!("pbs/{name}.{form}")));
+        let (json, text) = (recorded("json"), recorded("txt"));
+        let value = |begin: &str| {
+            let line = text.lines().find_map(|line| line.trim_start().strip_prefix(begin));
+            line.unwrap_or_else(|| panic!("no `{begin}` in {name}.txt")).to_owned()
+        };
+        let (id, start, granted) = (value("Job Id: "), value("stime = "), value("Resource_List.walltime = "));
+        for (form, answer) in [("json", json), ("text", text)] {
+            let answer = answer.replace(&id, &self.id).replace(&start, &self.start);
+            let answer = answer
+                .replace(&format!("\"walltime\":\t\"{granted}\""), &format!("\"walltime\":\t\"{walltime}\""))
+                .replace(&format!("_List.walltime = {granted}"), &format!("_List.walltime = {walltime}"));
+            self.write(&format!("answer.{form}"), &answer);
+        }
         self.mode("recorded");
     }
 
