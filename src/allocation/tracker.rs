@@ -26,7 +26,7 @@ const TICK: Duration = Duration::from_secs(5);
 /// in one second.
 const SPACING: Duration = Duration::from_secs(1);
 
-/// A poll interval is never shorter, whatever a setting says: nothing may spin.
+/// No interval is ever shorter, whatever a setting says: nothing may spin.
 const SHORTEST_POLL: Duration = Duration::from_millis(50);
 
 /// How many may wait for an answer at a time: the drain and the pilot's own settings are two.
@@ -47,6 +47,10 @@ pub struct TrackerSettings {
     pub poll: Duration,
     /// How long one command of the batch system may take.
     pub command_limit: Duration,
+    /// How often the clock is looked at for gaps.
+    pub tick: Duration,
+    /// That clock.
+    pub wall: fn() -> SystemTime,
 }
 
 impl TrackerSettings {
@@ -60,6 +64,8 @@ impl TrackerSettings {
             signal_lead: None,
             poll: POLL,
             command_limit: command::LIMIT,
+            tick: TICK,
+            wall: SystemTime::now,
         }
     }
 
@@ -190,9 +196,10 @@ impl Tracker {
         // Those who wait for the question that is under way, and those who came after it was put.
         let (mut now_waiting, mut later_waiting) = (Vec::new(), Vec::new());
         let mut again = false;
-        let mut tick = tokio::time::interval(TICK);
+        let (every, wall) = (self.settings.tick.max(SHORTEST_POLL), self.settings.wall);
+        let mut tick = tokio::time::interval(every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut before = SystemTime::now();
+        let mut before = wall();
 
         loop {
             let wanted = tokio::select! {
@@ -215,8 +222,8 @@ impl Tracker {
                     false
                 }
                 _ = tick.tick() => {
-                    let now = SystemTime::now();
-                    let gap = clock_gap(before, now, TICK);
+                    let now = wall();
+                    let gap = clock_gap(before, now, every);
                     if gap {
                         info!(
                             from = report::format_time(before),
@@ -326,6 +333,8 @@ fn warn_lost(reason: &str, deadline: Option<&Deadline>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use super::*;
     use crate::allocation::stand_in::StandIn;
     use crate::allocation::{DetectSettings, TimeLimit, detect};
@@ -417,6 +426,30 @@ mod tests {
         until(&mut channel, |d| left(d.as_ref()) <= 60).await;
         tell(&stand_in, "20:00");
         assert!(left(handle.ask_and_wait(Duration::from_secs(10)).await.as_ref()) > 1000);
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_jumps_asks_at_once() {
+        static AHEAD: AtomicU64 = AtomicU64::new(0);
+        fn wall() -> SystemTime {
+            SystemTime::now() + Duration::from_secs(AHEAD.load(Ordering::Relaxed))
+        }
+        let (stand_in, env, allocation) = job("10:00").await;
+        let tick = Duration::from_millis(50);
+        let settings = TrackerSettings { tick, wall, ..settings(3_600_000) };
+        let (mut channel, _handle) = Tracker::spawn(&allocation, env, settings);
+        let questions = || std::fs::read_to_string(stand_in.path().join("count")).unwrap().lines().count();
+        tell(&stand_in, "05:00");
+        tokio::time::sleep(4 * tick).await;
+        assert_eq!(questions(), 1, "the one of detection: a clock that goes on evenly asks nothing");
+        // The host was suspended.
+        AHEAD.store(3600, Ordering::Relaxed);
+        until(&mut channel, |d| left(d.as_ref()) <= 300).await;
+        // The clock was set back.
+        tell(&stand_in, "20:00");
+        AHEAD.store(0, Ordering::Relaxed);
+        until(&mut channel, |d| left(d.as_ref()) > 1000).await;
+        assert_eq!(questions(), 3);
     }
 
     #[tokio::test]
