@@ -1,6 +1,9 @@
 //! The command line, in one place: every flag, its environment variable, its default, and the check of its value.
 //!
 //! Start at [`main`]. A bad value is named with its flag and what is wanted, exit code 2, before anything is done.
+//! [`values`] reads what stands for more than a text or a number.
+
+mod values;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,6 +12,10 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+pub use self::values::Taint;
+use self::values::{
+    parse_address, parse_annotation, parse_duration, parse_label, parse_namespace, parse_taint, parse_variable,
+};
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
 use crate::pod::expansion::Expand;
@@ -132,7 +139,7 @@ pub struct PodArgs {
     #[arg(long, env = "JIRIAF_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// Names of environment variables that pods get although they look secret or misleading.
-    #[arg(long, env = "JIRIAF_PASS_ENV", value_delimiter = ',', value_name = "NAME")]
+    #[arg(long, env = "JIRIAF_PASS_ENV", value_delimiter = ',', value_parser = parse_variable, value_name = "NAME")]
     pub pass_env: Vec<String>,
     /// What is replaced in args and env values.
     #[arg(long, env = "JIRIAF_EXPAND", value_enum, default_value = "jiriaf")]
@@ -214,10 +221,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_taint: bool,
     /// A further annotation of the Node; may be given several times.
-    #[arg(long = "annotation", env = "JIRIAF_ANNOTATIONS", value_delimiter = ',', value_parser = parse_pair, value_name = "KEY=VALUE")]
+    #[arg(long = "annotation", env = "JIRIAF_ANNOTATIONS", value_delimiter = ',', value_parser = parse_annotation, value_name = "KEY=VALUE")]
     pub annotations: Vec<(String, String)>,
     /// Only pods of these namespaces are run; those of others are refused [default: all].
-    #[arg(long, env = "JIRIAF_NAMESPACES", value_delimiter = ',', value_name = "NAMESPACE")]
+    #[arg(long, env = "JIRIAF_NAMESPACES", value_delimiter = ',', value_parser = parse_namespace, value_name = "NAMESPACE")]
     pub namespaces: Vec<String>,
     /// How long before the deadline no more pods are taken [default: 20 % of the time, 40 s to 120 s].
     #[arg(long, env = "JIRIAF_CORDON_BEFORE", value_parser = parse_duration, value_name = "DURATION")]
@@ -245,66 +252,6 @@ impl RunArgs {
     pub fn way_in(&self) -> Option<&std::path::Path> {
         self.bootstrap_kubeconfig.as_deref().or(self.kubeconfig.as_deref())
     }
-}
-
-/// A taint as written on the command line.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Taint {
-    /// The taint's key.
-    pub key: String,
-    /// Its value, where there is one.
-    pub value: Option<String>,
-    /// NoSchedule, PreferNoSchedule or NoExecute.
-    pub effect: String,
-}
-
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    match parse_walltime(text) {
-        Ok(Walltime::Limit(duration)) => Ok(duration),
-        Ok(Walltime::Zero) => Ok(Duration::ZERO),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-fn parse_address(text: &str) -> Result<String, String> {
-    text.parse::<std::net::IpAddr>()
-        .map(|ip| ip.to_string())
-        .map_err(|_| "an IP address is wanted, such as 10.1.2.3".to_owned())
-}
-
-fn parse_pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().to_owned(), value.trim().to_owned())),
-        _ => Err("KEY=VALUE is wanted".to_owned()),
-    }
-}
-
-fn parse_label(text: &str) -> Result<(String, String), String> {
-    let (key, value) = parse_pair(text)?;
-    let valid = value.len() <= 63
-        && value.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-        && value.bytes().next().is_none_or(|b| b.is_ascii_alphanumeric())
-        && value.bytes().last().is_none_or(|b| b.is_ascii_alphanumeric());
-    if valid {
-        Ok((key, value))
-    } else {
-        Err("a label's value has at most 63 letters, digits, '-', '_' and '.', and begins and ends with a letter or digit"
-            .to_owned())
-    }
-}
-
-fn parse_taint(text: &str) -> Result<Taint, String> {
-    let wanted =
-        || "KEY[=VALUE]:EFFECT is wanted, EFFECT being NoSchedule, PreferNoSchedule or NoExecute".to_owned();
-    let (head, effect) = text.rsplit_once(':').ok_or_else(wanted)?;
-    if !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute") || head.is_empty() {
-        return Err(wanted());
-    }
-    let (key, value) = match head.split_once('=') {
-        Some((key, value)) => (key, Some(value.to_owned())),
-        None => (head, None),
-    };
-    Ok(Taint { key: key.to_owned(), value, effect: effect.to_owned() })
 }
 
 /// Runs the program: the small stages first, which never look at the rest of the command line, then the commands.
@@ -392,6 +339,15 @@ fn with_log(filter: &str, command: impl FnOnce() -> ExitCode) -> ExitCode {
     command()
 }
 
+/// The settings that these arguments of `run` make.
+#[cfg(test)]
+pub(crate) fn run_args(arguments: &[&str]) -> RunArgs {
+    match Cli::try_parse_from(["jiriaf-pilot", "run"].iter().chain(arguments)).map(|cli| cli.command) {
+        Ok(Command::Run(args)) => *args,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -402,23 +358,16 @@ mod tests {
     }
 
     #[test]
-    fn taints_are_read_as_kubectl_writes_them() {
-        let taint = parse_taint("virtual-kubelet.io/provider=mock:NoSchedule").unwrap();
-        assert_eq!(taint.key, "virtual-kubelet.io/provider");
-        assert_eq!(taint.value.as_deref(), Some("mock"));
-        assert_eq!(taint.effect, "NoSchedule");
-        assert_eq!(parse_taint("a:NoExecute").unwrap().value, None);
-        for bad in ["", ":NoSchedule", "a=b", "a=b:Never"] {
-            assert!(parse_taint(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
     fn a_bad_value_is_refused_and_named() {
         for (args, named) in [
             (vec!["jiriaf-pilot", "run", "--walltime", "soon"], "--walltime"),
             (vec!["jiriaf-pilot", "run", "--advertise-address", "here"], "--advertise-address"),
             (vec!["jiriaf-pilot", "run", "--label", "a=b c"], "--label"),
+            (vec!["jiriaf-pilot", "run", "--label", "a b=c"], "--label"),
+            (vec!["jiriaf-pilot", "run", "--annotation", "a b=c"], "--annotation"),
+            (vec!["jiriaf-pilot", "run", "--taint", "a b:NoSchedule"], "--taint"),
+            (vec!["jiriaf-pilot", "run", "--namespaces", "work,Play"], "--namespaces"),
+            (vec!["jiriaf-pilot", "run", "--pass-env", "A=b"], "--pass-env"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
@@ -427,5 +376,26 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains(named), "{error}");
         }
+    }
+
+    #[test]
+    fn blanks_around_the_parts_of_a_list_do_not_count() {
+        let args = [
+            ["--namespaces", "a, b"],
+            ["--pass-env", " A ,B_TOKEN"],
+            ["--label", "x=1, y = 2"],
+            ["--annotation", "x/n=1, y =some words"],
+            ["--taint", "a=b:NoSchedule, c:NoExecute"],
+        ];
+        let run = run_args(args.as_flattened());
+        let pairs = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+        };
+        assert_eq!(run.namespaces, ["a", "b"]);
+        assert_eq!(run.pods.pass_env, ["A", "B_TOKEN"]);
+        assert_eq!(run.labels, pairs(&[("x", "1"), ("y", "2")]));
+        assert_eq!(run.annotations, pairs(&[("x/n", "1"), ("y", "some words")]));
+        let taints: Vec<_> = run.taints.iter().map(ToString::to_string).collect();
+        assert_eq!(taints, ["a=b:NoSchedule", "c:NoExecute"]);
     }
 }

@@ -57,7 +57,10 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
         Some(Walltime::Zero) | None => None,
     };
     let end = first_deadline(&granted, &TrackerSettings { walltime, ..TrackerSettings::new(now) }, now);
-    let name = setup::node_name(args, &setup::site(args, &granted), &granted);
+    let name = setup::node_name(args, &setup::site(args, &granted), &granted).unwrap_or_else(|error| {
+        findings.push(Finding::fail("settings", error.to_string(), ""));
+        args.node_name.clone().unwrap_or_default()
+    });
     findings.extend(host::allocation(&granted, end.as_ref(), now));
     findings.extend(host::tools(&env, granted.batch));
     findings.push(host::port(args));

@@ -43,6 +43,17 @@ pub enum LabelError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A namespace's name that the API server would refuse.
+    #[error(
+        "namespace {name:?}: {why}; wanted are at most 63 bytes of lower-case letters, digits and '-', beginning \
+         and ending with a letter or a digit"
+    )]
+    Namespace {
+        /// The name as given.
+        name: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// A label's value that the API server would refuse.
     #[error(
         "label {key}={value:?}: {why}; wanted are at most 63 bytes of letters, digits, '-', '_' and '.', \
@@ -127,6 +138,19 @@ pub fn check_key(key: &str) -> Result<(), LabelError> {
     };
     let fault = fault.or(if name.is_empty() { Some("has no name") } else { qualified_fault(name) });
     fault.map_or(Ok(()), |why| Err(LabelError::Key { key: key.to_owned(), why }))
+}
+
+/// Checks a namespace's name that a user gave: a DNS-1123 label (`DNS1123LabelMaxLength` is 63, too).
+///
+/// # Errors
+/// [`LabelError::Namespace`], which says what is wanted.
+pub fn check_namespace(name: &str) -> Result<(), LabelError> {
+    let fault = match subdomain_fault(name) {
+        None if name.len() > MAX_LABEL_VALUE => Some("is longer than 63 bytes"),
+        None if name.contains('.') => Some("holds a '.'"),
+        fault => fault,
+    };
+    fault.map_or(Ok(()), |why| Err(LabelError::Namespace { name: name.to_owned(), why }))
 }
 
 /// Checks a label that a user gave.
@@ -289,6 +313,17 @@ mod tests {
         }
         for good in ["a", "a.b", "mylin-4711-nid1", &"x".repeat(63)] {
             assert_eq!(check_node_name(good), Ok(()));
+        }
+    }
+
+    #[test]
+    fn namespaces_are_dns_labels() {
+        for good in ["a", "kube-system", "4u", &"x".repeat(63)] {
+            assert_eq!(check_namespace(good), Ok(()));
+        }
+        for bad in ["", " b", "Work", "a_b", "a.b", "-a", "a-", &"x".repeat(64)] {
+            let text = check_namespace(bad).unwrap_err().to_string();
+            assert!(text.contains(&format!("{bad:?}")), "{text}");
         }
     }
 

@@ -85,7 +85,7 @@ pub struct NodeConfig {
     pub publish_walltime: bool,
     /// Further labels of the user's, checked by [`super::labels::check_label`]. Ours win.
     pub labels: BTreeMap<String, String>,
-    /// Further annotations of the user's. Ours win.
+    /// Further annotations of the user's, their keys checked by [`super::labels::check_key`]. Ours win.
     pub annotations: BTreeMap<String, String>,
     /// Taints that the Node is made with.
     pub taints: Vec<Taint>,

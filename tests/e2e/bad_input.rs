@@ -56,6 +56,17 @@ fn what_was_typed_wrongly_is_named_and_exits_2() {
     refused(&options, &["--drain-before=1 fortnight"], 2, &["--drain-before", "1 fortnight"]);
     refused(&Options::new("usage").env("JIRIAF_WALLTIME", "1h 1h x"), &[], 2, &["--walltime", "1h 1h x"]);
     refused(&options, &["--label=a=b c"], 2, &["--label", "a=b c"]);
+    refused(&options, &["--label=a b=c"], 2, &["--label", "a b=c"]);
+    refused(&options, &["--annotation=a b=c"], 2, &["--annotation", "a b=c"]);
+    refused(&options, &["--taint=a b:NoSchedule"], 2, &["--taint", "a b:NoSchedule"]);
+    refused(&options, &["--taint=a=1:NoSchedule,a=2:NoSchedule"], 2, &["--taint", "a=1:NoSchedule"]);
+    refused(&Options::new("usage").env("JIRIAF_NAMESPACES", "a, B"), &[], 2, &["--namespaces", "\"B\""]);
+    let shared = format!("a{}", "b".repeat(62));
+    let tasks = |name: &str| {
+        let options = Options::new("usage").env("NODENAME", name).env("SLURM_JOB_ID", "999999");
+        options.env("SLURM_STEP_NUM_TASKS", "2").env("SLURM_JOB_END_TIME", "4000000000")
+    };
+    refused(&tasks(&shared), &[], 2, &[&format!("{shared}-1"), "63 bytes", "NODENAME"]);
     refused(&options, &["--port=70000"], 2, &["--port", "70000"]);
 }
 

@@ -165,6 +165,16 @@ pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
     if let Some(name) = args.node_name.as_deref() {
         crate::node::labels::check_node_name(name).map_err(|error| SetupError::Setting(error.to_string()))?;
     }
+    // The API server takes one taint of a key and an effect (validateNodeTaints, pkg/apis/core/validation).
+    for (at, taint) in args.taints.iter().enumerate() {
+        if let Some(other) =
+            args.taints[..at].iter().find(|other| (&other.key, &other.effect) == (&taint.key, &taint.effect))
+        {
+            return Err(SetupError::Setting(format!(
+                "invalid values '{other}' and '{taint}' for '--taint': of a key and an effect one taint is wanted"
+            )));
+        }
+    }
     match (&args.tls_cert_file, &args.tls_private_key_file) {
         (None, None) => {}
         (Some(certificate), Some(key)) => {
@@ -252,7 +262,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     let mut kube = Kube::load(args.way_in(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
-    let name = node_name(args, &site, &allocation);
+    let name = node_name(args, &site, &allocation)?;
     let state_root = args.pods.state_dir.clone().unwrap_or_else(|| default_state_dir(&env));
     let state_dir = state_root.join(&name);
     private("state directory", &state_root)?;

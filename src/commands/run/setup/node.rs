@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::SetupError;
 use super::state::PilotState;
 use crate::allocation::duration::Walltime;
-use crate::allocation::{Allocation, BatchSystem, TimeLimit, Vendor};
+use crate::allocation::{Allocation, BatchSystem, Task, TimeLimit, Vendor};
 use crate::cli::RunArgs;
+use crate::node::labels::{NameParts, check_node_name};
 use crate::node::{self, NodeConfig};
 use crate::pod::admission::NodeFacts;
 use crate::pod::context::Places;
@@ -22,22 +24,38 @@ pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> Stri
 }
 
 /// The Node's name: as set, else made of site, job and host.
-pub(in crate::commands) fn node_name(args: &RunArgs, site: &str, allocation: &Allocation) -> String {
+///
+/// # Errors
+/// When the name that is set leaves no room for the numbers of the job's tasks.
+pub(in crate::commands) fn node_name(
+    args: &RunArgs,
+    site: &str,
+    allocation: &Allocation,
+) -> Result<String, SetupError> {
+    let Task { rank, tasks, .. } = allocation.task;
     match args.node_name.as_deref().filter(|name| !name.is_empty()) {
         // Several tasks of a job may share a NODENAME that the job script exports.
-        Some(name) if allocation.task.tasks > 1 => format!("{name}-{}", allocation.task.rank),
-        Some(name) => name.to_owned(),
+        Some(name) if tasks > 1 => {
+            // The longest of all, so that either each task has a name or none.
+            let longest = format!("{name}-{}", rank.max(tasks - 1));
+            check_node_name(&longest).map_err(|error| {
+                let why = format!("each of this job's {tasks} tasks adds -<its number> to the name that is set");
+                SetupError::Setting(format!("{error}: {why}"))
+            })?;
+            Ok(format!("{name}-{rank}"))
+        }
+        Some(name) => Ok(name.to_owned()),
         None => {
             let job = allocation.job_id.as_ref().map(|j| j.value.as_str());
             // Slurm names each of a job's hosts; PBS does not tell a task its host's name, and two of its hosts may be one.
             let pbs = matches!(allocation.batch, BatchSystem::Pbs | BatchSystem::Torque);
-            node::labels::node_name(&node::labels::NameParts {
+            Ok(node::labels::node_name(&NameParts {
                 site,
                 job,
                 restart: allocation.restart_count,
                 host: &allocation.host,
-                task: (pbs && allocation.task.rank > 0).then_some(allocation.task.rank),
-            })
+                task: (pbs && rank > 0).then_some(rank),
+            }))
         }
     }
 }
@@ -151,4 +169,49 @@ pub(super) fn follow_labels(
         }
     });
     facts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocation::{DetectSettings, Environment, detect};
+    use crate::cli::run_args;
+
+    /// The name of a task of Slurm job 7 on host n1, with this NODENAME.
+    async fn name_of(given: &str, rank: &str, tasks: &str) -> Result<String, SetupError> {
+        let env = Environment::from_pairs([
+            ("SLURM_JOB_ID", "7"),
+            ("SLURM_JOB_END_TIME", "4000000000"),
+            ("SLURMD_NODENAME", "n1"),
+            ("SLURM_PROCID", rank),
+            ("SLURM_STEP_NUM_TASKS", tasks),
+        ]);
+        let allocation = detect(&env, &DetectSettings::new(std::time::SystemTime::now())).await;
+        let args = if given.is_empty() { run_args(&[]) } else { run_args(&["--node-name", given]) };
+        node_name(&args, "mylin", &allocation)
+    }
+
+    #[tokio::test]
+    async fn a_name_that_several_tasks_share_gets_the_number_of_each() {
+        assert_eq!(name_of("", "3", "4").await.unwrap(), "mylin-7-n1");
+        assert_eq!(name_of("mine", "0", "1").await.unwrap(), "mine");
+        assert_eq!(name_of("mine", "0", "4").await.unwrap(), "mine-0");
+        assert_eq!(name_of("mine", "3", "4").await.unwrap(), "mine-3");
+    }
+
+    #[tokio::test]
+    async fn a_name_without_room_for_the_longest_number_is_refused_by_all_tasks_alike() {
+        let (room_for_one, room_for_two) = ("n".repeat(61), "n".repeat(60));
+        assert_eq!(name_of(&room_for_one, "9", "10").await.unwrap().len(), 63);
+        assert_eq!(name_of(&room_for_two, "10", "11").await.unwrap().len(), 63);
+        for rank in ["0", "10"] {
+            let error = name_of(&room_for_one, rank, "11").await.unwrap_err();
+            let text = error.to_string();
+            assert_eq!(error.exit_code(), 2, "{text}");
+            let wanted = [&format!("{room_for_one}-10"), "63 bytes", "NODENAME", "11 tasks"];
+            assert!(wanted.iter().all(|word| text.contains(word)), "{text}");
+        }
+        // One task adds nothing.
+        assert_eq!(name_of(&"n".repeat(63), "0", "1").await.unwrap().len(), 63);
+    }
 }
