@@ -10,6 +10,7 @@ mod admission;
 mod bad_input;
 mod certificates;
 mod check;
+mod cordon;
 mod crash;
 mod deletion;
 mod ending;
