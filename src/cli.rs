@@ -14,7 +14,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use self::values::Taint;
 use self::values::{
-    parse_address, parse_annotation, parse_duration, parse_label, parse_namespace, parse_taint, parse_variable,
+    parse_address, parse_annotation, parse_drain, parse_duration, parse_kill_wait, parse_label, parse_lead,
+    parse_namespace, parse_taint, parse_variable,
 };
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
@@ -229,14 +230,14 @@ pub struct RunArgs {
     /// How long before the deadline no more pods are taken [default: 20 % of the time, 40 s to 120 s].
     #[arg(long, env = "JIRIAF_CORDON_BEFORE", value_parser = parse_duration, value_name = "DURATION")]
     pub cordon_before: Option<Duration>,
-    /// How long before the deadline pods are ended [default: 10 % of the time, 30 s to 60 s].
-    #[arg(long, env = "JIRIAF_DRAIN_BEFORE", value_parser = parse_duration, value_name = "DURATION")]
+    /// How long before the deadline pods are ended; at least 5 s [default: 10 % of the time, 30 s to 60 s].
+    #[arg(long, env = "JIRIAF_DRAIN_BEFORE", value_parser = parse_drain, value_name = "DURATION")]
     pub drain_before: Option<Duration>,
     /// What the job script's --signal=B:USR1@N promises: that SIGUSR1 comes this long before the end.
-    #[arg(long, env = "JIRIAF_SIGNAL_LEAD", value_parser = parse_duration, value_name = "DURATION")]
+    #[arg(long, env = "JIRIAF_SIGNAL_LEAD", value_parser = parse_lead, value_name = "DURATION")]
     pub signal_lead: Option<Duration>,
     /// Between the batch system's SIGTERM and its SIGKILL [default: Slurm's KillWait less a margin; PBS: 8 s].
-    #[arg(long, env = "JIRIAF_KILL_WAIT", value_parser = parse_duration, value_name = "DURATION")]
+    #[arg(long, env = "JIRIAF_KILL_WAIT", value_parser = parse_kill_wait, value_name = "DURATION")]
     pub kill_wait: Option<Duration>,
     /// How long an API server that cannot be reached at the start is tried.
     #[arg(long, env = "JIRIAF_STARTUP_TIMEOUT", value_parser = parse_duration, default_value = "5m", value_name = "DURATION")]
@@ -368,6 +369,9 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--taint", "a b:NoSchedule"], "--taint"),
             (vec!["jiriaf-pilot", "run", "--namespaces", "work,Play"], "--namespaces"),
             (vec!["jiriaf-pilot", "run", "--pass-env", "A=b"], "--pass-env"),
+            (vec!["jiriaf-pilot", "run", "--drain-before", "1s"], "--drain-before"),
+            (vec!["jiriaf-pilot", "run", "--signal-lead", "0"], "--signal-lead"),
+            (vec!["jiriaf-pilot", "run", "--kill-wait", "2"], "--kill-wait"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),

@@ -12,6 +12,18 @@ pub const LEAST_TIME: Duration = Duration::from_secs(45);
 /// The pilot is gone this long before the deadline, whatever happens.
 pub const SAFETY: Duration = Duration::from_secs(1);
 
+/// The shortest drain that `--drain-before` may ask for, and the shortest `--signal-lead`. Half of it is the containers',
+/// and the last second nobody's ([`SAFETY`]): 1.5 s stay for the kernel, the statuses, Lease and Node. With less than 1 s
+/// the guardian would kill everything before the drain had begun.
+pub const LEAST_DRAIN: Duration = Duration::from_secs(5);
+
+/// The shortest `--kill-wait`: what the shortest of Slurm's leaves. slurmd gives 5 s at least, less a margin of 2 s.
+pub const LEAST_KILL_WAIT: Duration = Duration::from_secs(3);
+
+/// What of [`LEAST_TIME`] is not the drain's: for the start and a first pod. A Node that lives only to be drained is not
+/// worth one either, and a chain of jobs that each make such a one would spin.
+const LEAST_LIFE: Duration = Duration::from_secs(15);
+
 /// The most that is kept for reporting. The API server answers in milliseconds, but it may be restarting.
 const REPORT_MOST: Duration = Duration::from_secs(15);
 
@@ -40,6 +52,52 @@ impl Leads {
     pub fn timing(&self, deadline: SystemTime) -> Timing {
         let before = |lead| deadline.checked_sub(lead).unwrap_or(SystemTime::UNIX_EPOCH);
         Timing { deadline, cordon: before(self.cordon), drain: before(self.drain) }
+    }
+}
+
+/// Why what is left at the start is too little for a Node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TooLittle {
+    /// Less than any pilot needs.
+    #[error("a pilot needs {} s to register and to drain", LEAST_TIME.as_secs())]
+    Time,
+    /// The drain would begin at once, or nearly.
+    #[error(
+        "--drain-before={}s (JIRIAF_DRAIN_BEFORE) and the {} s that a pilot needs before that are more",
+        .0.as_secs(), LEAST_LIFE.as_secs()
+    )]
+    Drain(Duration),
+    /// The Node would be cordoned from the start.
+    #[error(
+        "with --cordon-before={}s (JIRIAF_CORDON_BEFORE) no pod would ever be taken", .0.as_secs()
+    )]
+    Cordon(Duration),
+}
+
+impl TooLittle {
+    /// The way out.
+    #[must_use]
+    pub fn mend(self) -> &'static str {
+        match self {
+            Self::Time => "ask for more walltime",
+            Self::Drain(_) | Self::Cordon(_) => "ask for more walltime, or set it lower",
+        }
+    }
+}
+
+/// Whether an allocation that has `left` is worth a Node, with these settings.
+///
+/// # Errors
+/// Why not.
+pub fn suffices(left: Duration, cordon: Option<Duration>, drain: Option<Duration>) -> Result<(), TooLittle> {
+    if left < LEAST_TIME {
+        return Err(TooLittle::Time);
+    }
+    match (cordon, drain) {
+        (_, Some(drain)) if left < drain.saturating_add(LEAST_LIFE) => Err(TooLittle::Drain(drain)),
+        (Some(cordon), _) if left <= cordon => Err(TooLittle::Cordon(cordon)),
+        // The leads that are not set are part of the time: Leads::new.
+        _ => Ok(()),
     }
 }
 
@@ -111,6 +169,46 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_would_take_no_pod_is_not_worth_one() {
+        let set = |cordon: u64, drain: u64| {
+            (Some(cordon).filter(|n| *n > 0).map(s), Some(drain).filter(|n| *n > 0).map(s))
+        };
+        let table = [
+            (44, set(0, 0), Err(TooLittle::Time)),
+            (45, set(0, 0), Ok(())),
+            (44, set(5, 5), Err(TooLittle::Time)),
+            (45, set(0, 5), Ok(())),
+            (600, set(0, 600), Err(TooLittle::Drain(s(600)))),
+            (600, set(900, 600), Err(TooLittle::Drain(s(600)))),
+            (600, set(0, 586), Err(TooLittle::Drain(s(586)))),
+            (600, set(0, 585), Ok(())),
+            (600, set(600, 0), Err(TooLittle::Cordon(s(600)))),
+            (600, set(599, 300), Ok(())),
+            (600, (None, Some(Duration::MAX)), Err(TooLittle::Drain(Duration::MAX))),
+        ];
+        for (left, (cordon, drain), wanted) in table {
+            assert_eq!(suffices(s(left), cordon, drain), wanted, "{left} {cordon:?} {drain:?}");
+            if wanted.is_ok() {
+                let leads = Leads::new(s(left), cordon, drain);
+                assert!(leads.drain <= leads.cordon && leads.cordon < s(left), "{left} {leads:?}");
+            }
+        }
+        let text = TooLittle::Drain(s(600)).to_string();
+        assert!(text.contains("--drain-before=600s") && text.contains("JIRIAF_DRAIN_BEFORE"), "{text}");
+        let text = TooLittle::Cordon(s(600)).to_string();
+        assert!(text.contains("--cordon-before=600s") && text.contains("JIRIAF_CORDON_BEFORE"), "{text}");
+    }
+
+    #[test]
+    fn the_shortest_drains_leave_time_to_report() {
+        for least in [LEAST_DRAIN, LEAST_KILL_WAIT] {
+            let share = share(least);
+            let report = share.report.saturating_sub(share.grace);
+            assert!(report >= Duration::from_millis(350), "{share:?}");
+        }
+    }
+
+    #[test]
     fn phases_follow_one_another() {
         let deadline = SystemTime::UNIX_EPOCH + s(1000);
         let timing = Leads { cordon: s(40), drain: s(30) }.timing(deadline);
@@ -130,7 +228,7 @@ mod tests {
             let budget = s(seconds);
             let got = share(budget);
             assert!(got.report <= got.end && got.end <= budget && got.grace <= budget, "{seconds}");
-            assert!(budget < s(4) || got.grace < got.report, "{seconds}");
+            assert!(budget < LEAST_KILL_WAIT || got.grace < got.report, "{seconds}");
         }
     }
 }

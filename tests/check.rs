@@ -90,6 +90,8 @@ fn a_bad_setting_is_a_failure_with_its_flag() {
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("home")).unwrap();
     check(root.path(), &["--node-name", "Bad_Name"]).line("FAIL", "settings", "--node-name");
+    let short = check(root.path(), &["--walltime", "300", "--drain-before", "300"]);
+    short.line("FAIL", "walltime", "--drain-before=300s");
     assert_eq!(check(root.path(), &["--walltime", "soon"]).code, Some(2), "as for run");
 }
 

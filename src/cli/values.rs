@@ -7,6 +7,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::allocation::duration::{Walltime, parse_walltime};
+use crate::drain;
 use crate::node::labels::{LabelError, check_key, check_label, check_namespace};
 
 /// A taint as written on the command line.
@@ -57,6 +58,31 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// `--drain-before`.
+pub(super) fn parse_drain(text: &str) -> Result<Duration, String> {
+    let why = "containers are to end within it, and to be reported";
+    at_least(text, drain::LEAST_DRAIN, why)
+}
+
+/// `--signal-lead`.
+pub(super) fn parse_lead(text: &str) -> Result<Duration, String> {
+    at_least(text, drain::LEAST_DRAIN, "it is all the time that the drain has")
+}
+
+/// `--kill-wait`.
+pub(super) fn parse_kill_wait(text: &str) -> Result<Duration, String> {
+    let why = "containers are to end within it, and to be reported";
+    at_least(text, drain::LEAST_KILL_WAIT, why)
+}
+
+fn at_least(text: &str, least: Duration, why: &str) -> Result<Duration, String> {
+    let value = parse_duration(text)?;
+    if value < least {
+        return Err(format!("at least {} s are wanted: {why}", least.as_secs()));
+    }
+    Ok(value)
+}
+
 pub(super) fn parse_address(text: &str) -> Result<String, ValueError> {
     text.trim().parse::<std::net::IpAddr>().map(|ip| ip.to_string()).map_err(|_| ValueError::Address)
 }
@@ -76,9 +102,7 @@ pub(super) fn parse_annotation(text: &str) -> Result<(String, String), ValueErro
 
 fn pair(text: &str) -> Result<(String, String), ValueError> {
     match text.split_once('=') {
-        Some((key, value)) if !key.trim().is_empty() => {
-            Ok((key.trim().to_owned(), value.trim().to_owned()))
-        }
+        Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().to_owned(), value.trim().to_owned())),
         _ => Err(ValueError::Pair),
     }
 }
@@ -119,9 +143,27 @@ mod tests {
         for text in ["virtual-kubelet.io/provider=mock:NoSchedule", "a:NoExecute", "a=:NoExecute"] {
             assert_eq!(parse_taint(text).unwrap().to_string(), text);
         }
-        for bad in ["", ":NoSchedule", "a=b", "a=b:Never", "=b:NoSchedule", "a b:NoSchedule", "a=b c:NoSchedule"] {
+        for bad in
+            ["", ":NoSchedule", "a=b", "a=b:Never", "=b:NoSchedule", "a b:NoSchedule", "a=b c:NoSchedule"]
+        {
             assert!(parse_taint(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_time_in_which_no_drain_can_be_done_is_refused() {
+        let least = [(parse_drain as fn(&str) -> _, 5), (parse_lead, 5), (parse_kill_wait, 3)];
+        for (parse, seconds) in least {
+            assert_eq!(parse(&seconds.to_string()), Ok(Duration::from_secs(seconds)));
+            for bad in ["0", "1s", &format!("{}s", seconds - 1)] {
+                let error: Result<Duration, String> = parse(bad);
+                assert!(
+                    error.as_ref().is_err_and(|text| text.contains(&format!("{seconds} s"))),
+                    "{error:?}"
+                );
+            }
+        }
+        assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
     }
 
     #[test]

@@ -61,7 +61,7 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
         findings.push(Finding::fail("settings", error.to_string(), ""));
         args.node_name.clone().unwrap_or_default()
     });
-    findings.extend(host::allocation(&granted, end.as_ref(), now));
+    findings.extend(host::allocation(args, &granted, end.as_ref(), now));
     findings.extend(host::tools(&env, granted.batch));
     findings.push(host::port(args));
 

@@ -54,6 +54,10 @@ fn what_was_typed_wrongly_is_named_and_exits_2() {
     refused(&options, &["--walltime=soon"], 2, &["--walltime", "soon"]);
     refused(&options, &["--node-name=Not_A_Name"], 2, &["--node-name", "Not_A_Name"]);
     refused(&options, &["--drain-before=1 fortnight"], 2, &["--drain-before", "1 fortnight"]);
+    refused(&options, &["--drain-before=4s"], 2, &["--drain-before", "4s", "5 s"]);
+    refused(&options, &["--cordon-before=20s", "--drain-before=60s"], 2, &["--cordon-before", "20s", "60 s"]);
+    refused(&options, &["--signal-lead=0"], 2, &["--signal-lead", "5 s"]);
+    refused(&options, &["--kill-wait=2s"], 2, &["--kill-wait", "2s", "3 s"]);
     refused(&Options::new("usage").env("JIRIAF_WALLTIME", "1h 1h x"), &[], 2, &["--walltime", "1h 1h x"]);
     refused(&options, &["--label=a=b c"], 2, &["--label", "a=b c"]);
     refused(&options, &["--label=a b=c"], 2, &["--label", "a b=c"]);
@@ -166,6 +170,15 @@ fn a_refused_credential_in_a_batch_job_does_not_let_a_chain_of_jobs_spin() {
 #[test]
 fn less_time_than_a_pilot_needs_exits_1() {
     refused(&Options::new("short"), &["--walltime=30"], 1, &["s are left", "45", "walltime"]);
+}
+
+#[test]
+fn leads_as_long_as_the_time_that_is_left_are_named_and_exit_1() {
+    let options = Options::new("leads");
+    let drain = ["--walltime=300", "--drain-before=5m"];
+    refused(&options, &drain, 1, &["s are left", "--drain-before=300s", "walltime"]);
+    let cordon = ["--walltime=300", "--cordon-before=10m"];
+    refused(&options, &cordon, 1, &["s are left", "--cordon-before=600s", "walltime"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::span;
 use crate::allocation::{Allocation, BatchSystem, Deadline, Environment, TimeLimit, find_qstat};
 use crate::cli::RunArgs;
 use crate::commands::run::setup::take_port;
-use crate::drain::LEAST_TIME;
+use crate::drain;
 
 /// Less memory than this (bytes) holds the pilot and a few supervisors, and no work.
 const LITTLE_MEMORY: u64 = 64 << 20;
@@ -41,13 +41,18 @@ pub fn port(args: &RunArgs) -> Finding {
 }
 
 /// What was granted, and whether it is enough.
-pub fn allocation(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemTime) -> Vec<Finding> {
+pub fn allocation(
+    args: &RunArgs,
+    allocation: &Allocation,
+    deadline: Option<&Deadline>,
+    now: SystemTime,
+) -> Vec<Finding> {
     let job = allocation.job_id.as_ref().map_or_else(
         || "no batch job here: what a job would have is not looked at".to_owned(),
         |job| format!("{} job {}", allocation.batch.label(), job.value),
     );
     let mut findings = vec![Finding::ok("allocation", format!("{job}, host {}", allocation.host))];
-    findings.push(time(allocation, deadline, now));
+    findings.push(time(args, allocation, deadline, now));
     let (cpus, memory) = (allocation.cpus.value.len(), allocation.memory.value);
     let granted =
         format!("{cpus} CPUs, {} MiB of memory, {} GPUs", memory >> 20, allocation.gpus.value.len());
@@ -66,17 +71,15 @@ pub fn allocation(allocation: &Allocation, deadline: Option<&Deadline>, now: Sys
     findings
 }
 
-fn time(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemTime) -> Finding {
+fn time(args: &RunArgs, allocation: &Allocation, deadline: Option<&Deadline>, now: SystemTime) -> Finding {
     let set = "ask for a time limit, or set --walltime (JIRIAF_WALLTIME)";
     match (deadline, &allocation.limit.value) {
         (Some(deadline), _) => {
             let left = deadline.at.duration_since(now).unwrap_or(Duration::ZERO);
             let value = format!("{} left by {}", span(left), deadline.source);
-            if left < LEAST_TIME {
-                let value = format!("{value}: a pilot needs {} s", LEAST_TIME.as_secs());
-                Finding::fail("walltime", value, "ask for more walltime")
-            } else {
-                Finding::ok("walltime", value)
+            match drain::suffices(left, args.cordon_before, args.drain_before) {
+                Err(why) => Finding::fail("walltime", format!("{value}: {why}"), why.mend()),
+                Ok(()) => Finding::ok("walltime", value),
             }
         }
         (None, TimeLimit::Unknown(reason)) => {

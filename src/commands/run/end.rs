@@ -16,7 +16,7 @@ use crate::node::Removal;
 use crate::pod::manager::Gate;
 use crate::pod::outcome;
 
-/// How long the batch system is asked whether more time is left than the SIGTERM allows for.
+/// How long the batch system is asked at most whether more time is left than the SIGTERM allows for.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A deadline nearer than this is as good as over.
@@ -115,6 +115,11 @@ fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wa
     }
 }
 
+/// How long the batch system is asked: of a short budget no more than the containers and the report can spare.
+fn ask_limit(budget: Duration) -> Duration {
+    ASK_LIMIT.min(budget / 4)
+}
+
 /// How far the end came.
 struct Done {
     /// Pods that had not ended when the time was over.
@@ -161,7 +166,7 @@ async fn end_pods(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> 
     if why != End::Terminated {
         return finish(pilot, start, drain::share(budget)).await;
     }
-    let asked = pilot.tracker.ask_and_wait(ASK_LIMIT).await;
+    let asked = pilot.tracker.ask_and_wait(ask_limit(budget)).await;
     let more =
         asked.and_then(|d| d.at.duration_since(SystemTime::now()).ok()).map(|left| left + start.elapsed());
     let whole = more.unwrap_or_default().max(budget);
@@ -264,5 +269,12 @@ mod tests {
         assert_eq!(first_budget(End::Interrupted, None, now, s(27)), s(60));
         assert_eq!(first_budget(End::Taken, None, now, s(27)), s(60));
         assert_eq!(first_budget(End::Interrupted, Some(now + s(20)), now, s(27)), s(20));
+    }
+
+    #[test]
+    fn a_batch_system_that_does_not_answer_leaves_time_for_the_shortest_drain() {
+        assert_eq!(ask_limit(Duration::from_secs(27)), ASK_LIMIT);
+        let share = drain::share(drain::LEAST_KILL_WAIT);
+        assert!(ask_limit(drain::LEAST_KILL_WAIT) <= share.grace / 2, "{share:?}");
     }
 }

@@ -36,7 +36,7 @@ use crate::certificates::{self, BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{self, ClusterError, Kube};
 use crate::container::{Session, Supervisors};
-use crate::drain::{LEAST_TIME, Leads};
+use crate::drain::{self, Leads, TooLittle};
 use crate::guardian::GuardianLink;
 use crate::node::{NodeError, NodeHandle, Timing};
 use crate::pilot_metrics::PilotMetrics;
@@ -112,10 +112,7 @@ pub enum SetupError {
         mend: &'static str,
     },
     /// Too little time is left.
-    #[error(
-        "only {left} s are left until {deadline} ({source_name}), and a pilot needs {} s to register and to drain; ask \
-         for more walltime", LEAST_TIME.as_secs()
-    )]
+    #[error("only {left} s are left until {deadline} ({source_name}), and {why}; {}", .why.mend())]
     TooLate {
         /// Seconds left.
         left: u64,
@@ -123,6 +120,8 @@ pub enum SetupError {
         deadline: String,
         /// Where it was learnt.
         source_name: String,
+        /// What it is too little for.
+        why: TooLittle,
     },
     /// There is no way to the API server.
     #[error("{0}")]
@@ -174,6 +173,16 @@ pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
                 "invalid values '{other}' and '{taint}' for '--taint': of a key and an effect one taint is wanted"
             )));
         }
+    }
+    if let (Some(cordon), Some(drain)) = (args.cordon_before, args.drain_before)
+        && cordon < drain
+    {
+        return Err(SetupError::Setting(format!(
+            "invalid value '{}s' for '--cordon-before' (JIRIAF_CORDON_BEFORE): a pilot that ends its pods takes no more; at \
+             least the {} s of --drain-before are wanted",
+            cordon.as_secs(),
+            drain.as_secs()
+        )));
     }
     match (&args.tls_cert_file, &args.tls_private_key_file) {
         (None, None) => {}
@@ -291,12 +300,13 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
     let left = first.as_ref().map(|d| d.at.duration_since(SystemTime::now()).unwrap_or_default());
     if let (Some(first), Some(left)) = (&first, left)
         && state.first_left.is_none()
-        && left < LEAST_TIME
+        && let Err(why) = drain::suffices(left, args.cordon_before, args.drain_before)
     {
         return Err(SetupError::TooLate {
             left: left.as_secs(),
             deadline: rfc3339(first.at),
             source_name: first.source.clone(),
+            why,
         });
     }
     state.first_left = state.first_left.or(left.map(|left| left.as_secs()));

@@ -39,7 +39,8 @@ pub(in crate::commands) fn node_name(
             // The longest of all, so that either each task has a name or none.
             let longest = format!("{name}-{}", rank.max(tasks - 1));
             check_node_name(&longest).map_err(|error| {
-                let why = format!("each of this job's {tasks} tasks adds -<its number> to the name that is set");
+                let why =
+                    format!("each of this job's {tasks} tasks adds -<its number> to the name that is set");
                 SetupError::Setting(format!("{error}: {why}"))
             })?;
             Ok(format!("{name}-{rank}"))
