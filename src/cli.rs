@@ -233,7 +233,7 @@ pub struct RunArgs {
     /// How long before the deadline pods are ended; at least 5 s [default: 10 % of the time, 30 s to 60 s].
     #[arg(long, env = "JIRIAF_DRAIN_BEFORE", value_parser = parse_drain, value_name = "DURATION")]
     pub drain_before: Option<Duration>,
-    /// What the job script's --signal=B:USR1@N promises: that SIGUSR1 comes this long before the end.
+    /// What the job script's --signal=B:USR1@N promises: that this signal (or USR2) comes this long before the end.
     #[arg(long, env = "JIRIAF_SIGNAL_LEAD", value_parser = parse_lead, value_name = "DURATION")]
     pub signal_lead: Option<Duration>,
     /// Between the batch system's SIGTERM and its SIGKILL [default: Slurm's KillWait less a margin; PBS: 8 s].

@@ -163,6 +163,7 @@ impl Pilot {
     }
 }
 
+/// The pilot has a handler for each: one that it had none for would end it, and count as a crash.
 const FORWARDED: [Signal; 5] =
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 

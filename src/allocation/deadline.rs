@@ -62,7 +62,7 @@ pub fn combine(
         TimeLimit::Unlimited | TimeLimit::Unknown(_) => None,
     };
     let others = [
-        (signalled, "SIGUSR1 and --signal-lead"),
+        (signalled, "the warning signal and --signal-lead"),
         (walltime_end, "--walltime"),
         (credential, "expiry of the credential"),
     ];
@@ -263,7 +263,13 @@ mod tests {
             (TimeLimit::Ends(at(100)), Some(200), Some(50), None, Some((50, "expiry of the credential"))),
             (TimeLimit::Unlimited, None, None, None, None),
             (TimeLimit::Unknown("x".into()), Some(90), None, None, Some((90, "--walltime"))),
-            (TimeLimit::Unlimited, Some(90), None, Some(30), Some((30, "SIGUSR1 and --signal-lead"))),
+            (
+                TimeLimit::Unlimited,
+                Some(90),
+                None,
+                Some(30),
+                Some((30, "the warning signal and --signal-lead")),
+            ),
         ];
         for (limit, walltime, credential, signal, expected) in table {
             let end = combine(&batch(limit.clone()), walltime.map(at), credential.map(at), signal.map(at));

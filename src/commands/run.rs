@@ -134,7 +134,7 @@ async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
         tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Ask => {
-                    tracing::info!("SIGUSR1: the batch system is asked at once");
+                    tracing::info!("a warning signal: the batch system is asked at once");
                     pilot.tracker.signalled();
                 }
                 Signal::Terminate => return End::Terminated,

@@ -1,7 +1,8 @@
 //! Signals that the pilot understands.
 //!
 //! SIGTERM and SIGHUP mean the end, however often they come: Slurm sends SIGTERM twice at the limit to what srun started.
-//! SIGINT means the end too, and a second one means hurry. SIGUSR1 means: ask the batch system now.
+//! SIGINT means the end too, and a second one means hurry. SIGUSR1 and SIGUSR2 mean: ask the batch system now. Which of
+//! them warns is the job script's choice (sbatch --signal=USR2@180).
 
 use std::io;
 
@@ -24,6 +25,7 @@ pub struct Signals {
     hup: Stream,
     int: Stream,
     usr1: Stream,
+    usr2: Stream,
 }
 
 impl Signals {
@@ -37,6 +39,7 @@ impl Signals {
             hup: signal(SignalKind::hangup())?,
             int: signal(SignalKind::interrupt())?,
             usr1: signal(SignalKind::user_defined1())?,
+            usr2: signal(SignalKind::user_defined2())?,
         })
     }
 
@@ -47,6 +50,7 @@ impl Signals {
             _ = self.hup.recv() => Signal::Terminate,
             _ = self.int.recv() => Signal::Interrupt,
             _ = self.usr1.recv() => Signal::Ask,
+            _ = self.usr2.recv() => Signal::Ask,
         }
     }
 
@@ -57,6 +61,21 @@ impl Signals {
             if signal != Signal::Ask {
                 return signal;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::{SIGUSR1, SIGUSR2, raise};
+
+    #[tokio::test]
+    async fn both_warning_signals_mean_ask_and_none_kills() {
+        let mut signals = Signals::listen().unwrap();
+        for warning in [SIGUSR1, SIGUSR2] {
+            raise(warning).unwrap();
+            assert_eq!(signals.next().await, Signal::Ask, "{warning}");
         }
     }
 }
