@@ -147,16 +147,17 @@ pub(super) fn describe(env: &Environment) -> Job {
         .find_map(|name| Some(Fact::new(expand_hosts(env.filled(name)?)?, name)));
     let count = |names: &[&str]| names.iter().find_map(|name| env.number::<u32>(name)).unwrap_or(1);
     let on_node: Option<usize> = env.number("SLURM_CPUS_ON_NODE").filter(|cpus| *cpus > 0);
-    let mut memory = Vec::new();
-    // MiB (sbatch(1)); 0 stands for the whole node.
-    if let Some(bytes) = env.number::<u64>("SLURM_MEM_PER_NODE").and_then(|mib| mib.checked_mul(1 << 20)) {
-        memory.push(Fact::new(bytes, "SLURM_MEM_PER_NODE"));
-    }
-    if let (Some(mib), Some(cpus)) = (env.number::<u64>("SLURM_MEM_PER_CPU"), on_node)
-        && let Some(bytes) = mib.checked_mul(cpus as u64).and_then(|mib| mib.checked_mul(1 << 20))
-    {
-        memory.push(Fact::new(bytes, "SLURM_MEM_PER_CPU x SLURM_CPUS_ON_NODE"));
-    }
+    let on_node_gpus: Option<u64> = env.number("SLURM_GPUS_ON_NODE");
+    // MiB, of each allocated CPU or GPU where the name says so (sbatch(1)); 0 stands for the whole node.
+    let memory = [
+        ("SLURM_MEM_PER_NODE", Some(1), "SLURM_MEM_PER_NODE"),
+        ("SLURM_MEM_PER_CPU", on_node.map(|cpus| cpus as u64), "SLURM_MEM_PER_CPU x SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", on_node_gpus, "SLURM_MEM_PER_GPU x SLURM_GPUS_ON_NODE"),
+    ];
+    let memory = memory.into_iter().filter_map(|(name, count, source)| {
+        let mib = env.number::<u64>(name)?.checked_mul(count?)?;
+        Some(Fact::new(mib.checked_mul(1 << 20)?, source))
+    });
     Job {
         id: fact("SLURM_JOB_ID").or_else(|| fact("SLURM_JOBID")),
         array: array.map(|(job, index)| {
@@ -178,7 +179,7 @@ pub(super) fn describe(env: &Environment) -> Job {
             .and_then(epoch)
             .map(|start| Fact::new(start, "SLURM_JOB_START_TIME")),
         cpus: on_node.map(|cpus| Fact::new(cpus, "SLURM_CPUS_ON_NODE")),
-        memory,
+        memory: memory.collect(),
     }
 }
 
@@ -427,6 +428,24 @@ mod tests {
         assert_eq!(job.hosts.unwrap().value, ["n1", "n2"]);
         assert_eq!(job.cpus.unwrap().value, 4);
         assert_eq!(job.memory[0].value, 4000 << 20);
+    }
+
+    #[test]
+    fn memory_is_that_of_the_node_or_of_each_cpu_or_gpu() {
+        let granted = |pairs: &[(&str, &str)]| {
+            let memory = describe(&Environment::from_pairs(pairs.iter().copied())).memory;
+            memory.into_iter().map(|fact| (fact.value >> 20, fact.source)).collect::<Vec<_>>()
+        };
+        let cpus = ("SLURM_CPUS_ON_NODE", "4");
+        let gpus = ("SLURM_GPUS_ON_NODE", "2");
+        let of = |mib, source: &str| vec![(mib, source.to_owned())];
+        assert_eq!(granted(&[("SLURM_MEM_PER_NODE", "3000"), cpus]), of(3000, "SLURM_MEM_PER_NODE"));
+        let each = "SLURM_MEM_PER_CPU x SLURM_CPUS_ON_NODE";
+        assert_eq!(granted(&[("SLURM_MEM_PER_CPU", "1000"), cpus, gpus]), of(4000, each));
+        let each = "SLURM_MEM_PER_GPU x SLURM_GPUS_ON_NODE";
+        assert_eq!(granted(&[("SLURM_MEM_PER_GPU", "5000"), cpus, gpus]), of(10_000, each));
+        assert_eq!(granted(&[("SLURM_MEM_PER_GPU", "5000"), cpus]), []);
+        assert_eq!(granted(&[("SLURM_MEM_PER_NODE", "18446744073709551615")]), []);
     }
 
     #[test]

@@ -79,8 +79,11 @@ pub struct NodeConfig {
     pub batch: String,
     /// Label `jiriaf.jobid`, made valid here; no label without a job.
     pub job_id: Option<String>,
-    /// Label `jiriaf.walltime` in whole seconds, where there is a deadline and [`Self::publish_walltime`].
+    /// Label `jiriaf.walltime` in whole seconds, where there is a deadline and [`Self::publish_walltime`]; `None`
+    /// where the deadline was not known at the start: it is then what there is of it from [`Self::first_start`].
     pub walltime: Option<Duration>,
+    /// When this pilot was first started.
+    pub first_start: SystemTime,
     /// Whether `jiriaf.walltime` and `jiriaf.alivetime` are published at all (`--walltime 0`: they are not).
     pub publish_walltime: bool,
     /// Further labels of the user's, checked by [`super::labels::check_label`]. Ours win.
@@ -163,9 +166,11 @@ fn labels(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<S
 
 /// The labels that change with the end.
 fn countdown(config: &NodeConfig, moment: &Moment<'_>) -> BTreeMap<String, Option<String>> {
-    let wanted = config.publish_walltime && moment.timing.is_some();
-    let walltime = config.walltime.filter(|_| wanted).map(|w| w.as_secs().to_string());
-    let alivetime = moment.alivetime.filter(|_| wanted).map(|seconds| seconds.to_string());
+    let timing = moment.timing.filter(|_| config.publish_walltime);
+    let learnt = |timing: &Timing| timing.deadline.duration_since(config.first_start).ok();
+    let walltime = timing.and_then(|timing| config.walltime.or_else(|| learnt(timing)));
+    let walltime = walltime.map(|walltime| walltime.as_secs().to_string());
+    let alivetime = moment.alivetime.filter(|_| timing.is_some()).map(|seconds| seconds.to_string());
     [(WALLTIME.to_owned(), walltime), (ALIVETIME.to_owned(), alivetime)].into()
 }
 

@@ -309,7 +309,9 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
             why,
         });
     }
-    state.first_left = state.first_left.or(left.map(|left| left.as_secs()));
+    // Where the end was not known then, it is what there would have been of it.
+    let whole = first.as_ref().map(|d| d.at.duration_since(state.first_start).unwrap_or_default());
+    state.first_left = state.first_left.or(whole.map(|whole| whole.as_secs()));
     save_state(&state_dir, &state)?;
     let kill_wait = match args.kill_wait {
         Some(given) => given,

@@ -19,6 +19,7 @@ pub(in crate::node) fn config() -> NodeConfig {
         batch: "pbs".into(),
         job_id: Some("45[3].pbshost".into()),
         walltime: Some(Duration::from_secs(3600)),
+        first_start: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
         publish_walltime: true,
         labels: [("rack".to_owned(), "r7".to_owned()), ("type".to_owned(), "mine".to_owned())].into(),
         annotations: [("note".to_owned(), "x y".to_owned())].into(),
@@ -85,6 +86,20 @@ fn annotations_are_whole_seconds_in_utc() {
             ("note", "x y"),
         ]
     );
+}
+
+#[test]
+fn a_deadline_that_is_learnt_after_the_start_brings_the_walltime_with_it() {
+    let unknown = NodeConfig { walltime: None, ..config() };
+    let labels = |moment: &Moment<'_>| made(&unknown, moment).metadata.labels.unwrap();
+    assert_eq!(labels(&Moment::default()).get("jiriaf.walltime"), None);
+    assert_eq!(labels(&with_end(&timing()))["jiriaf.walltime"], "3600");
+    let expected = Expected::default();
+    let patch = upkeep_patch(&unknown, &expected, &with_end(&timing()), None);
+    assert_eq!(patch["metadata"]["labels"]["jiriaf.walltime"], "3600");
+    let hidden = NodeConfig { publish_walltime: false, ..unknown.clone() };
+    let patch = upkeep_patch(&hidden, &expected, &with_end(&timing()), None);
+    assert_eq!(patch["metadata"]["labels"]["jiriaf.walltime"], Value::Null);
 }
 
 #[test]

@@ -85,6 +85,18 @@ impl PrepareError {
             }
         }
     }
+
+    /// Whether anything but another Pod could mend it: an object that appears, a right, room on a disk.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Volume(error) => error.may_mend(),
+            Self::Api { .. }
+            | Self::Directory(_)
+            | Self::Write { .. }
+            | Self::Occupied { .. }
+            | Self::Aborted(_) => true,
+        }
+    }
 }
 
 /// Why a container cannot start yet.
@@ -449,6 +461,26 @@ fn stdio(container: &Container) -> Stdio {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_only_another_pod_could_mend_is_not_tried_again() {
+        let text = || "a".to_owned();
+        let (container, mount, path, problem) = (text(), text(), text(), text());
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let table = [
+            (VolumeError::NotFound { volume: text(), kind: "secret", name: text() }.into(), true),
+            (VolumeError::Content { volume: text(), problem: text() }.into(), true),
+            (VolumeError::Kind { volume: text(), kind: text() }.into(), false),
+            (VolumeError::Mount { container, mount, path, problem }.into(), false),
+            (PrepareError::Write { path: PathBuf::new(), source: full() }, true),
+            (PrepareError::Occupied { path: PathBuf::new(), source: full() }, true),
+            (PrepareError::Aborted(text()), true),
+        ];
+        for (error, wanted) in table {
+            let error: PrepareError = error;
+            assert_eq!(error.may_pass(), wanted, "{error}");
+        }
+    }
 
     #[test]
     fn a_script_that_is_not_there_yet_is_looked_for_again_and_a_wrong_name_is_not() {

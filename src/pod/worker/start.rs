@@ -148,8 +148,11 @@ impl Worker {
                     }
                 }
                 self.announce_at = None;
-                self.prepare_at = Some(Instant::now() + self.prepare_delay);
-                self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+                // What no object can mend is told once; all of them would be read again every few seconds for ever.
+                if error.may_pass() {
+                    self.prepare_at = Some(Instant::now() + self.prepare_delay);
+                    self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+                }
             }
         }
     }

@@ -99,6 +99,7 @@ pub(super) fn node_config(
         declared_features: Vec::new(),
         instance: state.instance.clone(),
         walltime: allocated(args, allocation, state),
+        first_start: state.first_start,
         publish_walltime: args.pods.walltime != Some(Walltime::Zero),
         info: node::info::node_info(Path::new("/")),
     }
@@ -120,6 +121,7 @@ pub(in crate::commands) fn capacity(allocation: &Allocation, pods: &Path) -> nod
 }
 
 /// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.
+/// `None` where no end is known yet; the label then comes with the deadline.
 pub(super) fn allocated(args: &RunArgs, allocation: &Allocation, state: &PilotState) -> Option<Duration> {
     let granted = match (&allocation.limit.value, &allocation.started) {
         (TimeLimit::Ends(end), Some(started)) => end.duration_since(started.value).ok(),
