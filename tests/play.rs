@@ -208,6 +208,19 @@ fn secrets_and_string_data_reach_the_container() {
 }
 
 #[test]
+fn a_key_that_can_be_no_variables_name_is_left_out_and_told() {
+    let home = Home::new();
+    let keys = "kind: ConfigMap\napiVersion: v1\nmetadata: {name: k}\ndata: {A: one, \"B=C\": two}\n---\n";
+    let object =
+        pod("p", "").replace("command: [bash]", "command: [bash], envFrom: [{configMapRef: {name: k}}]");
+    let played = home.play_text(&format!("{keys}{}", with_script("echo $A; env | grep -c two", &object)));
+    assert!(played.out.contains("c | one\n") && played.out.contains("c | 0\n"), "{}", played.all());
+    let told =
+        ["InvalidEnvironmentVariableNames", "Keys [B=C] from the EnvFrom configMap default/k were skipped"];
+    assert!(told.iter().all(|words| played.err.contains(words)), "{}", played.all());
+}
+
+#[test]
 fn a_job_retries_until_it_succeeds() {
     let home = Home::new();
     let script = "f=$HOME/.tries-$JOB_COMPLETION_INDEX; n=$(cat $f 2>/dev/null || echo 0); echo $((n+1)) > $f; [ $n -ge 1 ] || exit 3; rm $f";

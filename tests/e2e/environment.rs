@@ -10,7 +10,7 @@ fn a_script_sees_what_env_and_env_from_name_and_nothing_of_the_pilots_secrets() 
     let options = Options::new("env").env("SITE_MODULE", "loaded").env("OTHER_TOKEN", "of-the-pilot");
     let pilot = Pilot::local(options, 600);
     namespace.of("configmaps").create(&json!({"metadata": {"name": "settings"},
-        "data": {"color": "blue", "size": "large"}}));
+        "data": {"color": "blue", "size": "large", "1.st-of-all": "odd"}}));
     namespace.of("secrets").create(&json!({"metadata": {"name": "keys"},
         "stringData": {"key": "s3cr3t", "other": "0ther"}}));
     namespace.config_map("p", &[("run.sh", "env -0 >seen; printf '%s\\n' \"$@\" >arguments\n")]);
@@ -19,6 +19,7 @@ fn a_script_sees_what_env_and_env_from_name_and_nothing_of_the_pilots_secrets() 
     sees["resources"] = json!({"requests": {"memory": "64Mi"}, "limits": {"cpu": "1"}});
     sees["envFrom"] = json!([{"prefix": "CM_", "configMapRef": {"name": "settings"}},
         {"secretRef": {"name": "keys"}},
+        {"configMapRef": {"name": "settings"}},
         {"configMapRef": {"name": "not-there", "optional": true}}]);
     sees["env"] = json!([
         {"name": "COLOR", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "color"}}},
@@ -53,6 +54,9 @@ fn a_script_sees_what_env_and_env_from_name_and_nothing_of_the_pilots_secrets() 
         "BOTH=blue-p",
         "CM_color=blue",
         "CM_size=large",
+        // Whatever a ConfigMap's key may be is a name (Kubernetes' relaxed validation); none is left out with an event.
+        "CM_1.st-of-all=odd",
+        "1.st-of-all=odd",
         "key=s3cr3t",
         "other=0ther",
         "SITE_MODULE=loaded",
@@ -65,6 +69,9 @@ fn a_script_sees_what_env_and_env_from_name_and_nothing_of_the_pilots_secrets() 
     for name in ["JIRIAF_POD_DIR", "JIRIAF_CONTAINER_DIR", "JIRIAF_DRAIN_TIME"] {
         assert!(seen.iter().any(|line| line.starts_with(&format!("{name}="))), "{name} is not in {seen:#?}");
     }
+    wait_until("its events are there", seconds(10), || !namespace.events("p").is_empty());
+    let reasons: Vec<String> = namespace.events("p").into_iter().map(|(reason, _)| reason).collect();
+    assert!(!reasons.iter().any(|reason| reason == "InvalidEnvironmentVariableNames"), "{reasons:?}");
     let home = format!("{}/x", pilot.home.display());
     let arguments = read(&directory.join("arguments"));
     assert_eq!(arguments.lines().collect::<Vec<_>>(), ["blue", "s3cr3t", "$UNSET", "$(COLOR)", &home]);

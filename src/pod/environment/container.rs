@@ -48,9 +48,37 @@ pub struct ContainerEnv {
     /// What `$(NAME)` in `command` and `args` may name: the Pod's variables and the pilot's additions, not
     /// what is inherited from the batch job.
     pub declared: Vars,
-    /// Keys of `envFrom` that can be no variable's name, left out: for an event (kubelet's
-    /// `InvalidEnvironmentVariableNames`).
-    pub skipped: Vec<String>,
+    /// What of `envFrom` was left out, for an event.
+    pub skipped: Vec<Skipped>,
+}
+
+/// Keys of one source of `envFrom` that can be no variable's name. An API server lets neither such a key nor such a prefix
+/// through, and kubelet 1.36 looks no more; the files of `play` have met no API server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// `configMap` or `secret`.
+    kind: &'static str,
+    namespace: String,
+    name: String,
+    /// With the prefix, in order.
+    keys: Vec<String>,
+}
+
+impl Skipped {
+    /// The event's reason, as older kubelets had it.
+    pub const REASON: &'static str = "InvalidEnvironmentVariableNames";
+}
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kind, namespace, name, keys } = self;
+        write!(
+            f,
+            "Keys [{}] from the EnvFrom {kind} {namespace}/{name} were skipped since they are considered invalid \
+             environment variable names.",
+            keys.join(", ")
+        )
+    }
 }
 
 impl std::fmt::Debug for ContainerEnv {
@@ -146,27 +174,35 @@ fn added(additions: &Additions) -> BTreeMap<String, String> {
 fn from_objects(
     input: &EnvInput<'_>,
     vars: &mut BTreeMap<String, String>,
-    skipped: &mut Vec<String>,
+    skipped: &mut Vec<Skipped>,
 ) -> Result<(), ConfigError> {
     for source in input.container.env_from.iter().flatten() {
         let mut pairs: Vec<(&String, String)> = Vec::new();
+        let (mut kind, mut from) = ("configMap", "");
         if let Some(reference) = &source.config_map_ref {
+            from = &reference.name;
             if let Some(object) = config_map(&reference.name, reference.optional, input.objects)? {
                 pairs.extend(object.data.iter().flatten().map(|(key, value)| (key, value.clone())));
             }
         } else if let Some(reference) = &source.secret_ref
             && let Some(object) = secret(&reference.name, reference.optional, input.objects)?
         {
+            (kind, from) = ("secret", &reference.name);
             pairs.extend(object.data.iter().flatten().map(|(key, value)| (key, text_of(&value.0))));
         }
+        let mut keys = Vec::new();
         for (key, value) in pairs {
             let name = format!("{}{key}", source.prefix.as_deref().unwrap_or(""));
             // Keys of a ConfigMap may hold `-` and `.`, which Kubernetes takes in names too.
             if is_name(&name) {
                 vars.insert(name, value);
             } else {
-                skipped.push(name);
+                keys.push(name);
             }
+        }
+        if !keys.is_empty() {
+            let namespace = input.pod.metadata.namespace.clone().unwrap_or_default();
+            skipped.push(Skipped { kind, namespace, name: from.to_owned(), keys });
         }
     }
     Ok(())

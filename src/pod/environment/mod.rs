@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-pub use container::{Additions, ContainerEnv, EnvInput, container_env};
+pub use container::{Additions, ContainerEnv, EnvInput, Skipped, container_env};
 pub use fields::{field_value, resource_value};
 pub use references::{References, TokenRef, references};
 

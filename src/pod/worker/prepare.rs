@@ -14,7 +14,7 @@ use crate::pod::command_line::argv;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
-    Additions, ConfigError, EnvInput, Facts, Objects, TokenRef, container_env, references,
+    Additions, ConfigError, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
 };
 use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
 
@@ -395,7 +395,7 @@ pub fn spec(
     index: usize,
     restart: u32,
     prepared: &Prepared,
-) -> Result<ContainerSpec, SpecError> {
+) -> Result<(ContainerSpec, Vec<Skipped>), SpecError> {
     let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
     let (Some(container), Some(script)) = (containers.get(index), prepared.scripts.get(index)) else {
         return Err(ConfigError::ContainerNotFound(index.to_string()).into());
@@ -430,7 +430,7 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
-    Ok(ContainerSpec {
+    let spec = ContainerSpec {
         argv,
         env: env.vars,
         working_dir,
@@ -445,7 +445,8 @@ pub fn spec(
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
         stdio: stdio(container),
-    })
+    };
+    Ok((spec, env.skipped))
 }
 
 /// What the container's program reads and writes.

@@ -12,6 +12,7 @@ use super::state::{is_over, unknown_end, waiting};
 use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Why, Worker, deletion_grace};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
+use crate::pod::environment::Skipped;
 use crate::pod::events::Kind;
 use crate::pod::handler::Hook;
 use crate::pod::record::ContainerRecord;
@@ -161,8 +162,8 @@ impl Worker {
     fn start(&mut self, index: usize, prepared: &Prepared) {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
-        let spec = match prepare::spec(&self.context, &self.record.pod, index, restart, prepared) {
-            Ok(spec) => spec,
+        let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, index, restart, prepared) {
+            Ok(made) => made,
             Err(error) => {
                 self.ready[index] = None;
                 self.complain("Failed", &format!("Error: {error}"));
@@ -175,6 +176,10 @@ impl Worker {
                 return;
             }
         };
+        for keys in skipped {
+            let (pod, message) = (&self.record.pod, keys.to_string());
+            self.context.events.record(pod, None, Kind::Warning, Skipped::REASON, &message);
+        }
         let Some(supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
             self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
             self.prepare_at = Some(Instant::now() + self.prepare_delay);
