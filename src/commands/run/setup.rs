@@ -4,6 +4,7 @@ mod api;
 mod deadline;
 mod node;
 mod places;
+mod settings;
 mod state;
 mod tunnel;
 
@@ -25,6 +26,7 @@ pub(in crate::commands) use self::node::{capacity, node_name, site};
 use self::node::{facts, follow_labels, node_config};
 pub use self::places::default_state_dir;
 pub(in crate::commands) use self::places::{place, places, private, take_lock};
+pub(in crate::commands) use self::settings::check_settings;
 pub use self::state::restarted;
 pub(in crate::commands) use self::state::{PilotState, instance, read_state, this_process};
 use self::state::{guardian_process, load_state, recover, save_state};
@@ -154,55 +156,6 @@ impl SetupError {
             _ => false,
         }
     }
-}
-
-/// The checks that need neither network nor batch system; also made before the guardian starts anything.
-///
-/// # Errors
-/// When a setting is no good: its flag, its value, and what is wanted.
-pub fn check_settings(args: &RunArgs) -> Result<(), SetupError> {
-    if let Some(name) = args.node_name.as_deref() {
-        crate::node::labels::check_node_name(name).map_err(|error| SetupError::Setting(error.to_string()))?;
-    }
-    // The API server takes one taint of a key and an effect (validateNodeTaints, pkg/apis/core/validation).
-    for (at, taint) in args.taints.iter().enumerate() {
-        if let Some(other) =
-            args.taints[..at].iter().find(|other| (&other.key, &other.effect) == (&taint.key, &taint.effect))
-        {
-            return Err(SetupError::Setting(format!(
-                "invalid values '{other}' and '{taint}' for '--taint': of a key and an effect one taint is wanted"
-            )));
-        }
-    }
-    if let (Some(cordon), Some(drain)) = (args.cordon_before, args.drain_before)
-        && cordon < drain
-    {
-        return Err(SetupError::Setting(format!(
-            "invalid value '{}s' for '--cordon-before' (JIRIAF_CORDON_BEFORE): a pilot that ends its pods takes no more; at \
-             least the {} s of --drain-before are wanted",
-            cordon.as_secs(),
-            drain.as_secs()
-        )));
-    }
-    match (&args.tls_cert_file, &args.tls_private_key_file) {
-        (None, None) => {}
-        (Some(certificate), Some(key)) => {
-            certificates::pair::from_files(certificate, key).map_err(|error| {
-                SetupError::Setting(format!(
-                    "invalid values for '--tls-cert-file' and '--tls-private-key-file': {error}"
-                ))
-            })?;
-        }
-        _ => {
-            return Err(SetupError::Setting(
-                "--tls-cert-file and --tls-private-key-file are given together or not at all".to_owned(),
-            ));
-        }
-    }
-    if let Some(file) = &args.client_ca_file {
-        api::authorities_in(file)?;
-    }
-    Ok(())
 }
 
 /// Descriptors that a pilot wants: 300 connections to the Node's API with a log or a session each, 200 forwarded ones, and
