@@ -63,6 +63,14 @@ impl BatchSystem {
         }
     }
 
+    /// Whether what it says of the time that is left takes a kill that is under way into account. Slurm moves the end of
+    /// a job that it cancels or preempts (`%e`). PBS leaves start and walltime as they are: right after a qdel the job is
+    /// still `R`, with all of its walltime.
+    #[must_use]
+    pub fn tells_of_a_kill(self) -> bool {
+        matches!(self, Self::Slurm | Self::None)
+    }
+
     /// Which batch system's job this is. The variables of two at once come from a submission out of a job of the other
     /// that passed its environment on (`qsub -V`, sbatch); the names of the cgroups then tell which one it is, and
     /// Slurm is assumed where they do not.

@@ -94,7 +94,6 @@ fn first_known(allocation: &Allocation, settings: &TrackerSettings, now: SystemT
 pub struct TrackerHandle {
     shared: Arc<Shared>,
     waiting: mpsc::Sender<oneshot::Sender<Option<Deadline>>>,
-    deadline: watch::Receiver<Option<Deadline>>,
 }
 
 #[derive(Debug, Default)]
@@ -124,16 +123,13 @@ impl TrackerHandle {
         self.shared.wake.notify_one();
     }
 
-    /// Asks at once and waits for the answer. The deadline as it is known when `limit` is over, or as it was answered.
+    /// Asks at once and waits for the answer: the deadline after it. None when there is no deadline, and when no answer
+    /// came to a question that was put after this call: what was known before may be older than a kill that is under way.
     pub async fn ask_and_wait(&self, limit: Duration) -> Option<Deadline> {
         let (answer, answered) = oneshot::channel();
-        // Full: others wait already, whose answers come into the watch channel too.
-        if self.waiting.try_send(answer).is_ok()
-            && let Ok(Ok(deadline)) = tokio::time::timeout(limit, answered).await
-        {
-            return deadline;
-        }
-        self.deadline.borrow().clone()
+        // Full: so many others wait already that this is no pilot's drain.
+        self.waiting.try_send(answer).ok()?;
+        tokio::time::timeout(limit, answered).await.ok()?.ok()?
     }
 }
 
@@ -166,7 +162,7 @@ impl Tracker {
         let (published, deadline) = watch::channel(known.deadline());
         let (sender, waiting) = mpsc::channel(MAX_WAITING);
         let shared = Arc::new(Shared::default());
-        let handle = TrackerHandle { shared: shared.clone(), waiting: sender, deadline: deadline.clone() };
+        let handle = TrackerHandle { shared: shared.clone(), waiting: sender };
         let job = allocation.job_id.as_ref().map_or("", |id| id.value.as_str());
         let rank = allocation.task.rank;
         let pace = Pace {
@@ -205,9 +201,9 @@ impl Tracker {
             let wanted = tokio::select! {
                 answer = async { match asking.as_mut() { Some(asking) => asking.await, None => std::future::pending().await } } => {
                     asking = None;
-                    self.take(answer);
+                    let answered = self.take(answer);
                     for waiting in now_waiting.drain(..) {
-                        answer_to(waiting, &self.known);
+                        answer_to(waiting, answered.then_some(&self.known));
                     }
                     count += 1;
                     next = Instant::now() + self.delay(count, self.known.failures());
@@ -247,7 +243,7 @@ impl Tracker {
                     true
                 }
                 Some(waiting) = self.waiting.recv(), if later_waiting.len() < MAX_WAITING => {
-                    if nobody { answer_to(waiting, &self.known) } else { later_waiting.push(waiting) }
+                    if nobody { answer_to(waiting, Some(&self.known)) } else { later_waiting.push(waiting) }
                     true
                 }
                 () = self.published.closed() => return,
@@ -270,8 +266,9 @@ impl Tracker {
         next_delay(&self.pace, count, failures, left)
     }
 
-    /// Takes the answer, or its want.
-    fn take(&mut self, answer: Result<Answer, AskError>) {
+    /// Takes the answer, or its want; whether there was one.
+    fn take(&mut self, answer: Result<Answer, AskError>) -> bool {
+        let answered = answer.is_ok();
         match answer {
             Ok(answer) => {
                 let source = answer.source.clone();
@@ -286,6 +283,7 @@ impl Tracker {
             }
         }
         self.publish();
+        answered
     }
 
     fn publish(&self) {
@@ -309,9 +307,9 @@ impl Tracker {
     }
 }
 
-fn answer_to(waiting: oneshot::Sender<Option<Deadline>>, known: &Known) {
+fn answer_to(waiting: oneshot::Sender<Option<Deadline>>, known: Option<&Known>) {
     // Whoever asked has given up: the answer is in the watch channel.
-    let _ = waiting.send(known.deadline());
+    let _ = waiting.send(known.and_then(Known::deadline));
 }
 
 /// Says once that the batch system does not tell the limit, and what follows from that.
@@ -467,9 +465,21 @@ mod tests {
         let deadline = until(&mut channel, Option::is_some).await;
         assert!((80..=90).contains(&left(deadline.as_ref())));
         let began = Instant::now();
-        let told = handle.ask_and_wait(Duration::from_millis(300)).await;
-        assert!((80..=90).contains(&left(told.as_ref())));
+        // What was known before is not the answer.
+        assert_eq!(handle.ask_and_wait(Duration::from_millis(300)).await, None);
         assert!(began.elapsed() < Duration::from_secs(2));
+    }
+
+    #[tokio::test]
+    async fn a_question_without_an_answer_leaves_who_asked_without_one() {
+        let (stand_in, env, allocation) = job("10:00").await;
+        let (channel, handle) = Tracker::spawn(&allocation, env, settings(3_600_000));
+        for answer in ["INVALID", "soon"] {
+            tell(&stand_in, answer);
+            assert_eq!(handle.ask_and_wait(Duration::from_secs(10)).await, None, "{answer}");
+            // For everybody else it holds.
+            assert!(left(channel.borrow().as_ref()) > 500, "{answer}");
+        }
     }
 
     #[tokio::test]

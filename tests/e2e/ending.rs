@@ -1,6 +1,12 @@
 //! The allocation's end, as Slurm makes it.
 
-use crate::harness::{Namespace, Options, Pilot, condition, read, seconds, slurm, wait_until};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::harness::{
+    Namespace, Options, Pilot, condition, container, pod_spec, read, seconds, slurm, wait_until,
+};
 
 #[test]
 fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
@@ -27,6 +33,28 @@ fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
     wait_until("the lease is gone", seconds(5), || pilot.lease().is_none());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
     assert!(pilot.output().contains("Terminated"), "the table names how the pod ended:\n{}", pilot.output());
+}
+
+#[test]
+fn a_cancelled_job_ends_a_stubborn_pod_before_slurm_kills_it_however_much_of_its_limit_is_left() {
+    let namespace = Namespace::new("stubborn");
+    let mut pilot = Pilot::sbatch(Options::new("stubborn"));
+    namespace.config_map("p", &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
+    let mut spec = pod_spec("Never", &[container("c1", "p")]);
+    spec["terminationGracePeriodSeconds"] = json!(600);
+    namespace.pod_on(&pilot, "p", spec);
+    namespace.wait_phase("p", "Running", seconds(30));
+
+    // KillWait is 30 s.
+    let start = Instant::now();
+    pilot.scancel();
+    let pod = namespace.wait_phase("p", "Failed", seconds(30));
+    assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+    assert_eq!(pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 137, "{pod:#}");
+    assert_eq!(pilot.wait_job_over(seconds(30)).state(), "CANCELLED");
+    assert!(start.elapsed() < seconds(30), "{:?}: {}", start.elapsed(), pilot.output());
+    assert_eq!(pilot.nodes(), Vec::<serde_json::Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
 }
 
 #[test]

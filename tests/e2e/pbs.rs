@@ -1,9 +1,17 @@
 //! A PBS job's walltime, as qstat tells it, or does not.
 
+use std::time::Instant;
+
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
-use crate::harness::{Options, PbsJob, Pilot, condition, seconds, wait_until};
+use crate::harness::{
+    Namespace, Options, PbsJob, Pilot, condition, container, pod_spec, seconds, wait_until,
+};
+
+/// What was measured at least between PBS's SIGTERM and its SIGKILL (8.1 s).
+const KILL_DELAY: std::time::Duration = seconds(8);
 
 /// What the Node says of the deadline: seconds from now.
 fn left(pilot: &Pilot) -> i64 {
@@ -78,4 +86,27 @@ fn a_pilot_whose_qstat_fails_or_hangs_goes_on_with_what_it_knew_and_says_so() {
     job.walltime("00:30:00");
     asked("json");
     wait_until("the deadline moves", seconds(15), || left(&pilot) > 1500);
+}
+
+#[test]
+fn a_qdel_ends_a_stubborn_pod_before_pbs_kills_it_however_much_walltime_is_left() {
+    let namespace = Namespace::new("qdel");
+    let job = PbsJob::new(1, "01:00:00");
+    let mut pilot = Pilot::pbs(Options::new("qdel"), &job);
+    namespace.config_map("p", &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
+    let mut spec = pod_spec("Never", &[container("c1", "p")]);
+    spec["terminationGracePeriodSeconds"] = json!(600);
+    namespace.pod_on(&pilot, "p", spec);
+    namespace.wait_phase("p", "Running", seconds(30));
+
+    // qstat goes on to say that an hour is left, as a real one does.
+    let start = Instant::now();
+    pilot.qdel();
+    assert_eq!(pilot.wait_exit(seconds(30)), Some(0), "{}", pilot.output());
+    assert!(start.elapsed() < KILL_DELAY, "{:?}: {}", start.elapsed(), pilot.output());
+    let pod = namespace.wait_phase("p", "Failed", seconds(5));
+    assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+    assert_eq!(pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 137, "{pod:#}");
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
 }

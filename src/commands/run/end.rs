@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::holds;
 use super::setup::Pilot;
 use super::signals::{Signal, Signals};
+use crate::allocation::BatchSystem;
 use crate::drain::{self, SAFETY, Share};
 use crate::node::Removal;
 use crate::pod::manager::Gate;
@@ -67,10 +68,11 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
         }
     });
     pilot.manager.gate(Gate::Holding).await;
-    // After a SIGTERM it is not known yet whether more time is left; pods have their own grace until it is.
-    let first_grace = if why == End::Terminated { NO_CUT } else { drain::share(budget).grace };
+    let asks = asks(why, pilot.batch);
+    // Until the batch system has said whether more time is left, pods have their own grace.
+    let first_grace = if asks { NO_CUT } else { drain::share(budget).grace };
     pilot.manager.shutdown(first_grace).await;
-    let mut work: Work<'_> = Box::pin(carry_out(&pilot, why, start, budget));
+    let mut work: Work<'_> = Box::pin(carry_out(&pilot, asks, start, budget));
     let mut terminated = why == End::Terminated;
     let mut interrupts = u32::from(why == End::Interrupted);
     let done = loop {
@@ -120,6 +122,11 @@ fn ask_limit(budget: Duration) -> Duration {
     ASK_LIMIT.min(budget / 4)
 }
 
+/// Whether the batch system is asked if more time is left than its SIGTERM allows for.
+fn asks(why: End, batch: BatchSystem) -> bool {
+    why == End::Terminated && batch.tells_of_a_kill()
+}
+
 /// How far the end came.
 struct Done {
     /// Pods that had not ended when the time was over.
@@ -139,9 +146,9 @@ async fn carry_on(pilot: &Pilot, start: Instant, share: Share) -> Done {
     }
 }
 
-async fn carry_out(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
+async fn carry_out(pilot: &Pilot, asks: bool, start: Instant, budget: Duration) -> Done {
     tokio::select! {
-        done = end_pods(pilot, why, start, budget) => done,
+        done = end_pods(pilot, asks, start, budget) => done,
         never = cordon(pilot) => never,
     }
 }
@@ -162,8 +169,8 @@ async fn cordon(pilot: &Pilot) -> Done {
     std::future::pending().await
 }
 
-async fn end_pods(pilot: &Pilot, why: End, start: Instant, budget: Duration) -> Done {
-    if why != End::Terminated {
+async fn end_pods(pilot: &Pilot, asks: bool, start: Instant, budget: Duration) -> Done {
+    if !asks {
         return finish(pilot, start, drain::share(budget)).await;
     }
     let asked = pilot.tracker.ask_and_wait(ask_limit(budget)).await;
@@ -276,5 +283,13 @@ mod tests {
         assert_eq!(ask_limit(Duration::from_secs(27)), ASK_LIMIT);
         let share = drain::share(drain::LEAST_KILL_WAIT);
         assert!(ask_limit(drain::LEAST_KILL_WAIT) <= share.grace / 2, "{share:?}");
+    }
+
+    #[test]
+    fn only_a_batch_system_that_knows_of_the_kill_is_asked_for_more_time() {
+        use BatchSystem::{None, Pbs, Slurm, Torque};
+        let asked = [Slurm, None, Pbs, Torque].map(|batch| asks(End::Terminated, batch));
+        assert_eq!(asked, [true, true, false, false]);
+        assert!(!asks(End::Deadline, Slurm) && !asks(End::Interrupted, Slurm));
     }
 }

@@ -78,6 +78,8 @@ pub struct Pilot {
     pub draining: watch::Sender<bool>,
     /// Between the batch system's SIGTERM and its SIGKILL.
     pub kill_wait: Duration,
+    /// Who sends them.
+    pub batch: BatchSystem,
     /// The guardian.
     pub link: Arc<GuardianLink>,
     /// This pilot's directory.
@@ -448,6 +450,7 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
         timing_tx,
         draining,
         kill_wait,
+        batch: allocation.batch,
         link,
         state_dir,
         _holds: ready.holds,
