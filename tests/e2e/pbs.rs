@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Namespace, Options, PbsJob, Pilot, condition, container, pod_spec, seconds, wait_until,
+    Namespace, Options, PbsJob, Pilot, condition, container, pod_spec, read, seconds, wait_until,
 };
 
 /// What was measured at least between PBS's SIGTERM and its SIGKILL (8.1 s).
@@ -107,6 +107,39 @@ fn a_qdel_ends_a_stubborn_pod_before_pbs_kills_it_however_much_walltime_is_left(
     let pod = namespace.wait_phase("p", "Failed", seconds(5));
     assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
     assert_eq!(pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 137, "{pod:#}");
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn pods_whose_processes_pbs_ends_itself_are_disrupted_and_neither_succeed_nor_start_again() {
+    let namespace = Namespace::new("sweep");
+    let job = PbsJob::new(1, "00:10:00");
+    let mut pilot = Pilot::pbs(Options::new("sweep"), &job);
+    let runs = pilot.home.join("runs");
+    let script = format!("trap 'exit 0' TERM\necho ran >>{}\nsleep 3661 &\nwait\n", runs.display());
+    namespace.config_map("trap", &[("run.sh", &script)]);
+    for (name, policy) in [("always", "Always"), ("never", "Never")] {
+        namespace.pod_on(&pilot, name, pod_spec(policy, &[container("c1", "trap")]));
+        namespace.wait_phase(name, "Running", seconds(30));
+    }
+    // What is in another session gets no signal from PBS, and outlives the job.
+    wait_until("both scripts sleep", seconds(10), || pilot.sessions("sleep 3661").len() == 2);
+    for program in ["sleep 3661", "bash "] {
+        assert_eq!(pilot.sessions(program), [pilot.session(); 2], "{program}: {:?}", pilot.processes());
+    }
+
+    pilot.qdel();
+    assert_eq!(pilot.wait_exit(KILL_DELAY), Some(0), "{}", pilot.output());
+    for name in ["never", "always"] {
+        let pod = namespace.wait_phase(name, "Failed", seconds(5));
+        assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+        assert_eq!(condition(&pod, "DisruptionTarget")["status"], "True", "{:#}", pod["status"]);
+        let container = &pod["status"]["containerStatuses"][0];
+        assert_eq!(container["state"]["terminated"]["exitCode"], 0, "{container:#}");
+        assert_eq!(container["restartCount"], 0, "{container:#}");
+    }
+    assert_eq!(read(&runs), "ran\nran\n", "one of them ran twice");
     assert_eq!(pilot.nodes(), Vec::<Value>::new());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
 }

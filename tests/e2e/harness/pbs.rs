@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill};
@@ -9,6 +10,9 @@ use nix::unistd::{Pid, User};
 
 use super::host::{home, places};
 use super::{ALICE, bed, read, unique};
+
+/// How long PBS takes at most to send SIGTERM to all processes of a job's session.
+const SWEEP: Duration = Duration::from_millis(15);
 
 /// A job with a qstat (tests/pbs/qstat) of its own. Its files go at drop.
 pub struct PbsJob {
@@ -126,8 +130,13 @@ pub fn terminate(session: i32) {
     };
     let mut sessions = vec![session];
     sessions.extend(places.iter().filter(|place| is_pbsdsh(place.parent)).map(|place| place.session));
-    for place in places.iter().rev().filter(|place| sessions.contains(&place.session)) {
+    let mut job: Vec<_> = places.iter().filter(|place| sessions.contains(&place.session)).collect();
+    job.reverse();
+    // As slowly as was measured: a container may have ended before its pilot hears anything.
+    let pause = SWEEP / u32::try_from(job.len().max(1)).unwrap();
+    for place in job {
         // It may have ended meanwhile.
         let _ = kill(Pid::from_raw(place.pid), Signal::SIGTERM);
+        std::thread::sleep(pause);
     }
 }

@@ -302,6 +302,21 @@ impl Pilot {
         marked(&format!("TEST_PILOT={name}"))
     }
 
+    /// The sessions of those processes of the pilot and its containers whose command line begins with `program`. The
+    /// session of a [`Pilot::pbs`] job is [`Pilot::session`].
+    pub fn sessions(&self, program: &str) -> Vec<i32> {
+        let mut ours = self.processes();
+        ours.retain(|(_, line)| line.starts_with(program));
+        let places = places();
+        let session = |pid: i32| places.iter().find(|place| place.pid == pid).map(|place| place.session);
+        ours.iter().filter_map(|(pid, _)| session(*pid)).collect()
+    }
+
+    /// The session that a pilot was started in by [`Pilot::pbs`].
+    pub fn session(&self) -> i32 {
+        self.child.as_ref().expect("the pilot was started by hand").id().try_into().unwrap()
+    }
+
     /// The processes that descend from a pilot that was started by hand, whose first argument is `word`:
     /// `pilot`, `supervise`.
     pub fn stages(&self, word: &str) -> Vec<i32> {
