@@ -32,7 +32,20 @@ fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
     assert_eq!(pilot.nodes(), Vec::<serde_json::Value>::new());
     wait_until("the lease is gone", seconds(5), || pilot.lease().is_none());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
-    assert!(pilot.output().contains("Terminated"), "the table names how the pod ended:\n{}", pilot.output());
+
+    // Where the outcome is looked up once Kubernetes has deleted the pod: the job's output, a file, an event.
+    let row = pilot.row("p");
+    let log = pilot.pod_directory("p").join("containers/c1/logs/0.log");
+    assert!(row.contains("  Failed (Terminated)  ") && row.contains("  exit 3  "), "{row}");
+    assert!(row.ends_with(log.to_str().unwrap()) && log.exists(), "{row}");
+    let kept = pilot.kept_outcome("p");
+    assert_eq!((&kept["phase"], &kept["reason"]), (&json!("Failed"), &json!("Terminated")), "{kept:#}");
+    assert_eq!(kept["reported"], true, "{kept:#}");
+    assert_eq!(kept["containers"][0]["exit_code"], 3, "{kept:#}");
+    assert_eq!(kept["containers"][0]["log"], log.to_str().unwrap(), "{kept:#}");
+    let ended = ("PodEnded".to_owned(), "Failed (Terminated); c1 exit 3".to_owned());
+    let events = namespace.events("p");
+    assert!(events.contains(&ended), "{events:?}");
 }
 
 #[test]

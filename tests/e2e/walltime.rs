@@ -112,15 +112,18 @@ fn a_job_that_loses_the_api_server_before_its_end_still_ends_in_time_and_says_wh
     let options = Options { server: Some(proxy.url()), ..Options::new("cut").minutes(2) };
     let mut pilot = Pilot::sbatch(options);
     let end = pilot.end_time();
-    namespace.script_on(&pilot, "unreported", UNTIL_TERM);
-    namespace.wait_phase("unreported", "Running", seconds(30));
+    namespace.script_on(&pilot, "p", UNTIL_TERM);
+    namespace.wait_phase("p", "Running", seconds(30));
 
     wait_until("the last 32 s", seconds(120), || Timestamp::now().as_second() >= end.as_second() - 32);
     proxy.cut();
     pilot.wait_job_over(seconds(40));
     assert!(Timestamp::now() <= end, "the job was over after its limit");
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
-    assert!(pilot.output().contains("unreported"), "{}", pilot.output());
+    let row = pilot.row("p");
+    assert!(row.contains("  Failed (Terminated) NOT REPORTED  ") && row.contains("  exit 0  "), "{row}");
+    let kept = pilot.kept_outcome("p");
+    assert_eq!((&kept["reason"], &kept["reported"]), (&json!("Terminated"), &json!(false)), "{kept:#}");
     let state = pilot.job_state();
     assert_eq!(state.field("ExitCode"), "1:0", "{}", pilot.output());
 }

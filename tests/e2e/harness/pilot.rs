@@ -296,6 +296,42 @@ impl Pilot {
             .unwrap_or_default()
     }
 
+    /// The rows of the table that the pilot's output ends with; none before its end. What it logs afterwards has no
+    /// columns.
+    pub fn table(&self) -> Vec<String> {
+        let output = self.output();
+        let rows = output.lines().skip_while(|line| !line.starts_with("POD ")).skip(1);
+        rows.take_while(|row| columns(row).count() >= 5).map(str::to_owned).collect()
+    }
+
+    /// The table's row of a pod with one container.
+    #[track_caller]
+    pub fn row(&self, pod: &str) -> String {
+        let ending = format!("/{pod}");
+        let mut rows = self.table();
+        rows.retain(|row| columns(row).next().is_some_and(|name| name.ends_with(&ending)));
+        let [row] = rows.as_slice() else {
+            panic!("one row of pod {pod} was expected: {rows:?}\n{}", self.output())
+        };
+        row.clone()
+    }
+
+    /// The outcome of a pod that is kept as a JSON file beside the logs.
+    #[track_caller]
+    pub fn kept_outcome(&self, pod: &str) -> Value {
+        let kept = std::fs::read_dir(self.home.join(".jiriaf-pilot")).unwrap().flatten();
+        let files = kept.flat_map(|job| std::fs::read_dir(job.path()).unwrap().flatten());
+        let files =
+            files.map(|file| file.path()).filter(|file| file.extension().is_some_and(|e| e == "json"));
+        let mut outcomes: Vec<Value> =
+            files.map(|file| serde_json::from_str(&super::read(&file)).unwrap()).collect();
+        outcomes.retain(|outcome| outcome["name"] == pod);
+        let [outcome] = outcomes.as_slice() else {
+            panic!("one outcome of pod {pod} was expected: {outcomes:#?}")
+        };
+        outcome.clone()
+    }
+
     /// The pilot's own processes and those of its containers that are there now: (pid, command line).
     pub fn processes(&self) -> Vec<(i32, String)> {
         let name = self.home.file_name().unwrap().to_str().unwrap();
@@ -464,6 +500,11 @@ impl Drop for Pilot {
             let _ = std::fs::remove_dir_all(&self.home);
         }
     }
+}
+
+/// The cells of a table's row: two blanks are between them.
+fn columns(row: &str) -> impl Iterator<Item = &str> {
+    row.split("  ").map(str::trim).filter(|cell| !cell.is_empty())
 }
 
 /// A Node's or Pod's condition of this type, or null.
