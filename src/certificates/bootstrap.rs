@@ -125,6 +125,12 @@ pub async fn connect(
     Ok(keep(kube.clone(), wanted, file, issued, client, deadline, expires))
 }
 
+/// The way in as the node itself, by the certificate of an earlier start; without any contact.
+#[must_use]
+pub fn kept_kube(kube: &Kube, node: &str, state_dir: &Path) -> Option<Kube> {
+    kept(&state_dir.join(FILE), node, SystemTime::now()).map(|kept| identity(kube, node, &kept))
+}
+
 fn identity(kube: &Kube, node: &str, issued: &Issued) -> Kube {
     kube.with_certificate(&format!("certificate of {NODE_USER}{node}"), &issued.chain, &issued.key)
 }

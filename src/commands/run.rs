@@ -10,17 +10,27 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use self::end::End;
-use self::setup::{Pilot, SetupError};
+use self::setup::{Begun, Pilot, SetupError, Way};
 use self::signals::{Signal, Signals};
+use crate::allocation::TrackerHandle;
 use crate::cli::RunArgs;
 use crate::drain::{self, Phase};
 use crate::guardian::{self, GuardianLink};
-use crate::pod::manager::Gate;
+use crate::node::{NodeHandle, Timing};
+use crate::pod::manager::{Gate, Manager};
 
 /// A refused credential in a batch job is not worth a quick exit: a chain of jobs would spin through its allocation.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60);
+
+/// A wall clock that jumps (suspend) is looked at again within the minute.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// What an API server gets that a pilot with pods to end has not reached yet after a crash. One that is there answers within
+/// milliseconds, and then the Node goes too. It is a part of the kill wait, of which PBS gives 8 s.
+const LAST_TRY: Duration = Duration::from_secs(2);
 
 /// Starts the guardian, which starts the pilot with the same arguments.
 #[must_use]
@@ -79,25 +89,106 @@ async fn live(args: RunArgs, link: GuardianLink) -> ExitCode {
         }
     };
     link.ready();
-    let ready = tokio::select! {
-        ready = setup::prepare(&args, link) => ready,
+    let begun = tokio::select! {
+        begun = setup::begin(&args, link) => begun,
         // A pilot that was started again has pods to end: a signal waits until it can.
-        signal = signals.until_end(), if !setup::restarted() => {
-            tracing::warn!(?signal, "ended before the Node was registered");
-            return ExitCode::SUCCESS;
-        }
+        signal = signals.until_end(), if !setup::restarted() => return in_vain(signal),
     };
-    // From here on a signal waits: a Node that is half registered would be left behind.
-    let pilot = match ready {
-        Ok(ready) => setup::join(&args, ready).await,
-        Err(error) => Err(error),
-    };
-    let mut pilot = match pilot {
-        Ok(pilot) => pilot,
+    let mut begun = match begun {
+        Ok(begun) => begun,
         Err(error) => return failed(&error, &mut signals).await,
     };
-    let end = watch_over(&mut pilot, &mut signals).await;
+    let came = if setup::restarted() {
+        come_back(&args, begun, &mut signals).await
+    } else {
+        let way = tokio::select! {
+            way = setup::reach(&args, &mut begun) => way,
+            signal = signals.until_end() => return in_vain(signal),
+        };
+        come(&args, begun, way).await.map(|pilot| (pilot, None))
+    };
+    let (mut pilot, called) = match came {
+        Ok(came) => came,
+        Err(error) => return failed(&error, &mut signals).await,
+    };
+    let end = match (called, pilot.node.clone()) {
+        (Some(end), _) => end,
+        (None, Some(node)) => watch_over(&mut pilot, &node, &mut signals).await,
+        (None, None) => End::Refused,
+    };
     end::end(pilot, end, signals).await
+}
+
+fn in_vain(signal: Signal) -> ExitCode {
+    tracing::warn!(?signal, "ended before the Node was registered");
+    ExitCode::SUCCESS
+}
+
+/// Registers the Node. A signal waits meanwhile: a Node that is half registered would be left behind.
+async fn come(args: &RunArgs, begun: Begun, way: Result<Way, SetupError>) -> Result<Pilot, SetupError> {
+    let way = way?;
+    let entered = setup::register(args, &begun, &way).await?;
+    Ok(setup::join(args, begun, way, entered))
+}
+
+/// A pilot that was started again has pods to end, and a Node to remove. So it comes back to its Node also when its end was
+/// called for meanwhile; when the API server stays away, it ends its pods without. What called for the end, if anything
+/// did.
+async fn come_back(
+    args: &RunArgs,
+    mut begun: Begun,
+    signals: &mut Signals,
+) -> Result<(Pilot, Option<End>), SetupError> {
+    let (timing, tracker) = begun.clock();
+    let mut called = None;
+    let entered = tokio::select! {
+        entered = async {
+            let way = setup::reach(args, &mut begun).await?;
+            let entered = setup::register(args, &begun, &way).await?;
+            Ok::<_, SetupError>(Some((way, entered)))
+        } => entered,
+        () = out_of_patience(signals, timing, &tracker, &mut called) => Ok(None),
+    };
+    let end = called.map(|(end, at)| {
+        begun.spend_kill_wait(at.elapsed());
+        end
+    });
+    match entered {
+        Ok(Some((way, entered))) => Ok((setup::join(args, begun, way, entered), end)),
+        Ok(None) => Ok((setup::leave(args, begun).await?, end)),
+        Err(error) if begun.has_pods() => {
+            tracing::error!("{error}; the pods of before the crash are ended");
+            Ok((setup::leave(args, begun).await?, end))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until the end is called for, notes that in `called`, and gives the API server a last moment.
+async fn out_of_patience(
+    signals: &mut Signals,
+    mut timing: watch::Receiver<Option<Timing>>,
+    tracker: &TrackerHandle,
+    called: &mut Option<(End, Instant)>,
+) {
+    let end = loop {
+        let (phase, wait) = drain::phase(timing.borrow_and_update().as_ref(), SystemTime::now());
+        if phase == Phase::Draining {
+            break End::Deadline;
+        }
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Signal::Ask => tracker.signalled(),
+                Signal::Terminate => break End::Terminated,
+                Signal::Interrupt => break End::Interrupted,
+            },
+            Ok(()) = timing.changed() => {}
+            () = tokio::time::sleep(wait.unwrap_or(Duration::MAX).min(LOOK_AGAIN)) => {}
+        }
+    };
+    *called = Some((end, Instant::now()));
+    tokio::time::sleep(LAST_TRY).await;
+    tracing::warn!(?end, "the API server is still away: the pods of before the crash are ended without it");
 }
 
 async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
@@ -116,10 +207,10 @@ async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
 }
 
 /// Waits for the end, cordoning the Node on the way when its time comes.
-async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
+async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Signals) -> End {
     let mut timing = pilot.timing.clone();
-    let mut node = pilot.node.state();
-    let mut cordon = Cordon::new(pilot);
+    let mut cordon = Cordon::new(Arc::clone(node), pilot.manager.clone());
+    let mut node = node.state();
     loop {
         if node.borrow_and_update().taken_by.is_some() {
             return End::Taken;
@@ -129,8 +220,7 @@ async fn watch_over(pilot: &mut Pilot, signals: &mut Signals) -> End {
             return End::Deadline;
         }
         cordon.want(phase == Phase::Cordoned).await;
-        // A wall clock that jumps (suspend) is looked at again within the minute.
-        let wait = wait.unwrap_or(Duration::MAX).min(Duration::from_secs(30));
+        let wait = wait.unwrap_or(Duration::MAX).min(LOOK_AGAIN);
         tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Ask => {
@@ -153,16 +243,16 @@ type Turning = std::pin::Pin<Box<dyn Future<Output = Result<(), crate::node::Nod
 
 /// The cordon: whether pods are taken, here and as the API server knows it.
 struct Cordon {
-    node: Arc<crate::node::NodeHandle>,
-    manager: crate::pod::manager::Manager,
+    node: Arc<NodeHandle>,
+    manager: Manager,
     closed: bool,
     /// What is being asked of the API server.
     turning: Option<(bool, Turning)>,
 }
 
 impl Cordon {
-    fn new(pilot: &Pilot) -> Self {
-        Self { node: Arc::clone(&pilot.node), manager: pilot.manager.clone(), closed: false, turning: None }
+    fn new(node: Arc<NodeHandle>, manager: Manager) -> Self {
+        Self { node, manager, closed: false, turning: None }
     }
 
     /// Begins to close or open. Until a cordon is acknowledged, pods that arrive wait.
@@ -220,11 +310,39 @@ async fn holds<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::{self, DetectSettings, Environment, Tracker, TrackerSettings};
 
     #[test]
     fn the_pilot_gets_the_arguments_of_run() {
         let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
         let got = pilot_arguments(words("jiriaf-pilot --log debug run --site run"));
         assert_eq!(got, words("--log debug pilot --site run"));
+    }
+
+    #[tokio::test]
+    async fn the_drain_time_ends_the_patience_of_a_pilot_that_came_back() {
+        let now = SystemTime::now();
+        let env = Environment::from_pairs([("PATH", "/nonexistent")]);
+        let found = allocation::detect(&env, &DetectSettings::new(now)).await;
+        let (_deadline, tracker) = Tracker::spawn(&found, env, TrackerSettings::new(now));
+        let mut signals = Signals::listen().unwrap();
+        let at = |seconds| {
+            let moment = now + Duration::from_secs(seconds);
+            Some(Timing { deadline: moment, cordon: moment, drain: moment })
+        };
+        let (moved, timing) = watch::channel(at(3600));
+        let mut called = None;
+        let patience = out_of_patience(&mut signals, timing, &tracker, &mut called);
+        // Its drain time comes near while it waits.
+        let near = async {
+            moved.send_replace(at(0));
+            std::future::pending::<()>().await
+        };
+        let soon = LAST_TRY + Duration::from_secs(10);
+        let waited = tokio::time::timeout(soon, async {
+            tokio::select! { () = patience => {}, () = near => {} }
+        });
+        waited.await.unwrap();
+        assert_eq!(called.map(|(end, _)| end), Some(End::Deadline));
     }
 }

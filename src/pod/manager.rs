@@ -149,7 +149,10 @@ pub struct Setup {
 pub fn spawn(setup: Setup) -> Manager {
     let (requests_tx, requests) = mpsc::channel(REQUESTS);
     let (notes_tx, notes) = mpsc::channel(NOTES);
-    let (counts_tx, counts) = watch::channel(Counts::default());
+    // Known before the manager's first turn: an end that begins at once must not find that there is nothing to wait for.
+    let taken_up = setup.recovered.len();
+    let first = Counts { active: taken_up, known: taken_up, ..Counts::default() };
+    let (counts_tx, counts) = watch::channel(first);
     let state = State {
         context: setup.context,
         facts: setup.facts,
@@ -218,10 +221,8 @@ impl State {
                     None => return,
                 },
                 Some(note) = self.notes.recv() => self.on_note(note),
-                event = pods.recv() => match event {
-                    Some(event) => self.on_pod(event).await,
-                    None => std::future::pending().await,
-                },
+                // Where no more come, those that are there still have their ends.
+                Some(event) = pods.recv() => self.on_pod(event).await,
             }
             self.count();
         }

@@ -1,9 +1,12 @@
 //! What becomes of containers when a process of ours dies.
 
+use std::time::Instant;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
-use crate::harness::{Namespace, Options, Pilot, seconds, wait_for, wait_until};
+use crate::harness::{ApiProxy, Namespace, Options, PbsJob, Pilot, seconds, wait_for, wait_until};
 
 #[test]
 fn a_pod_whose_supervisor_is_killed_fails_with_a_reason_and_leaves_nothing_behind() {
@@ -79,4 +82,61 @@ fn a_pilot_that_crashes_again_and_again_is_given_up_and_leaves_nothing_running()
     assert_eq!(pilot.wait_exit(seconds(20)), Some(1), "{}", pilot.output());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
     assert!(pilot.output().contains("crashed"), "{}", pilot.output());
+}
+
+/// Traps SIGTERM, and says in this file that the trap ran to its end.
+fn trapped(file: &std::path::Path) -> String {
+    format!("trap 'sleep 1; echo yes >{}; exit 3' TERM\nsleep 3671 &\nwait\n", file.display())
+}
+
+#[test]
+fn a_pilot_that_comes_back_while_the_api_server_is_away_still_ends_its_pods_when_it_is_asked_to() {
+    let namespace = Namespace::new("away");
+    let proxy = ApiProxy::start();
+    // PBS: 8 s from its SIGTERM to its SIGKILL.
+    let job = PbsJob::new(1, "01:00:00");
+    let options = Options { server: Some(proxy.url()), ..Options::new("away") };
+    let mut pilot = Pilot::pbs(options, &job);
+    let marker = pilot.home.join("trapped");
+    namespace.script_on(&pilot, "p", &trapped(&marker));
+    namespace.wait_phase("p", "Running", seconds(30));
+    proxy.cut();
+    let [first] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    wait_until("another pilot has taken the pod up", seconds(30), || {
+        let output = pilot.output();
+        let back = output.split("it is started again").nth(1).unwrap_or_default();
+        back.contains("taking up the pods") && back.contains("API server does not answer")
+    });
+    assert!(!marker.exists());
+
+    let start = Instant::now();
+    pilot.signal(Signal::SIGTERM);
+    assert_eq!(pilot.wait_exit(seconds(60)), Some(1), "{}", pilot.output());
+    assert!(start.elapsed() < seconds(8), "{:?}: {}", start.elapsed(), pilot.output());
+    assert!(marker.exists(), "the script's trap did not run to its end: {}", pilot.output());
+    let row = pilot.row("p");
+    assert!(row.contains("  Failed (Terminated) NOT REPORTED  ") && row.contains("  exit 3  "), "{row}");
+    let kept = pilot.kept_outcome("p");
+    assert_eq!((&kept["reason"], &kept["reported"]), (&"Terminated".into(), &false.into()), "{kept:#}");
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn a_pilot_that_is_asked_to_end_while_it_comes_back_reports_its_pods_and_removes_its_node() {
+    let namespace = Namespace::new("back");
+    let mut pilot = Pilot::local(Options::new("back"), 600);
+    let marker = pilot.home.join("trapped");
+    namespace.script_on(&pilot, "p", &trapped(&marker));
+    namespace.wait_phase("p", "Running", seconds(30));
+    let [first] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    wait_until("the pilot is started again", seconds(10), || pilot.output().contains("it is started again"));
+    pilot.signal(Signal::SIGTERM);
+    assert_eq!(pilot.wait_exit(seconds(40)), Some(0), "{}", pilot.output());
+    assert!(marker.exists(), "the script's trap did not run to its end: {}", pilot.output());
+    let pod = namespace.wait_phase("p", "Failed", seconds(5));
+    assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
 }

@@ -49,6 +49,8 @@ pub enum End {
     Interrupted,
     /// Another pilot has the Node: this one was out of reach for longer than its Lease holds.
     Taken,
+    /// After a crash: the API server takes this pilot or its Node no more.
+    Refused,
 }
 
 /// Ends everything and says how it went.
@@ -113,7 +115,9 @@ fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wa
         End::Deadline => left.filter(|left| *left > OVER).unwrap_or(kill_wait),
         // At the limit itself the deadline is over when the SIGTERM comes, and the kill wait is what is left.
         End::Terminated => kill_wait,
-        End::Interrupted | End::Taken => left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET),
+        End::Interrupted | End::Taken | End::Refused => {
+            left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET)
+        }
     }
 }
 
@@ -156,12 +160,13 @@ async fn carry_out(pilot: &Pilot, asks: bool, start: Instant, budget: Duration) 
 /// Cordons the Node and closes the gate. Until the cordon is acknowledged pods that arrive wait; rejecting them would
 /// bring a storm of replacements. On a Node that is another pilot's they wait for ever: they are that pilot's.
 async fn cordon(pilot: &Pilot) -> Done {
-    let node = pilot.node.state();
+    let Some(node) = &pilot.node else { return std::future::pending().await };
+    let state = node.state();
     loop {
-        if node.borrow().taken_by.is_some() {
+        if state.borrow().taken_by.is_some() {
             return std::future::pending().await;
         }
-        let Err(error) = pilot.node.cordon().await else { break };
+        let Err(error) = node.cordon().await else { break };
         tracing::warn!(%error, "the Node could not be cordoned; it is tried again");
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -195,7 +200,10 @@ async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
         holds(&mut counts, left(share.report).min(FINALIZERS_LIMIT), |c| c.tracked == 0).await;
     }
     pilot.context.events.flush(left(share.report).min(EVENTS_LIMIT)).await;
-    let node = pilot.node.remove(left(share.end).max(SAFETY / 2)).await.map_err(|error| error.to_string());
+    let node = match &pilot.node {
+        Some(node) => node.remove(left(share.end).max(SAFETY / 2)).await.map_err(|error| error.to_string()),
+        None => Err("the pilot did not come back to it after a crash".to_owned()),
+    };
     let now = *counts.borrow();
     Done { running: now.active, unreported: now.unreported, node }
 }

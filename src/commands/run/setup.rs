@@ -1,9 +1,14 @@
 //! From the command line to a registered Node: each step either works or says what to do about it.
+//!
+//! [`begin`] needs neither network nor API server, [`reach`] and [`register`] do, and [`join`] makes a pilot of it. A pilot
+//! that was started again and does not reach the API server in time has pods to end all the same: [`leave`].
 
 mod api;
 mod deadline;
+mod join;
 mod node;
 mod places;
+mod reach;
 mod settings;
 mod state;
 mod tunnel;
@@ -22,48 +27,36 @@ use tokio::sync::watch;
 pub(in crate::commands) use self::api::take_port;
 pub(in crate::commands) use self::deadline::rfc3339;
 use self::deadline::{Followers, follow_deadline, say_what_was_granted};
+pub use self::join::{join, leave};
+pub(in crate::commands) use self::join::{policy, spawn_housekeeping};
 pub(in crate::commands) use self::node::{capacity, node_name, site};
-use self::node::{facts, follow_labels, node_config};
 pub use self::places::default_state_dir;
 pub(in crate::commands) use self::places::{place, places, private, take_lock};
+pub use self::reach::{Way, reach, register};
 pub(in crate::commands) use self::settings::check_settings;
 pub use self::state::restarted;
 pub(in crate::commands) use self::state::{PilotState, instance, read_state, this_process};
-use self::state::{guardian_process, load_state, recover, save_state};
+use self::state::{load_state, recover, save_state};
 pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
-use crate::certificates::{self, BootstrapError, CertificateError};
+use crate::certificates::{BootstrapError, CertificateError};
 use crate::cli::RunArgs;
-use crate::cluster::{self, ClusterError, Kube};
-use crate::container::{Session, Supervisors};
+use crate::cluster::{ClusterError, Kube};
+use crate::container::Supervisors;
 use crate::drain::{self, Leads, TooLittle};
 use crate::guardian::GuardianLink;
 use crate::node::{NodeError, NodeHandle, Timing};
-use crate::pilot_metrics::PilotMetrics;
-use crate::pod::api::{Api, Cluster};
-use crate::pod::context::{Context, Identity, Places, Policy, on_disk};
-use crate::pod::directory;
-use crate::pod::events::Events;
+use crate::pod::context::{Context, Places};
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
-use crate::pod::{environment, source};
 use crate::tunnel::Tunnels;
-
-/// How long a container goes on without a pilot; the guardian has started another one long before.
-const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// On PBS each end of a container is held back so long: its SIGTERM reaches all processes of a job within 15 ms.
-const PBS_HOLD: Duration = Duration::from_millis(250);
-
-/// Between two looks for logs that are too old or too many: a pilot lives for days, and its pods fill the directory.
-const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
 /// A pilot that lives, with all that it is made of.
 pub struct Pilot {
-    /// The Node.
-    pub node: Arc<NodeHandle>,
+    /// The Node; none when the API server was not reached any more after a crash.
+    pub node: Option<Arc<NodeHandle>>,
     /// The pods.
     pub manager: Manager,
     /// What all pods share.
@@ -160,23 +153,6 @@ impl SetupError {
     }
 }
 
-/// Descriptors that a pilot wants: 300 connections to the Node's API with a log or a session each, 200 forwarded ones, and
-/// two a container. The soft limit is mostly 1024, for the sake of programs that use select(2); the hard one is higher.
-const OPEN_FILES: u64 = 8192;
-
-/// Raises this process's soft limit of open files. What it was is returned where it changed: containers get it back.
-fn raise_open_files() -> Option<u64> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-    let wanted = OPEN_FILES.min(hard);
-    if soft >= wanted {
-        return None;
-    }
-    // Where it is refused, connections are refused when there is no descriptor for them.
-    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).ok()?;
-    Some(soft)
-}
-
 /// What a process must be before it is a pilot: unreadable to other processes of the user, and the one to whom the
 /// processes of a dead supervisor come.
 ///
@@ -188,15 +164,13 @@ pub fn become_pilot() -> io::Result<()> {
     Ok(())
 }
 
-/// All that comes before the Node: nothing of it is seen by anybody, so it may be broken off.
-pub struct Ready {
-    url: String,
-    client: kube::Client,
+/// All that comes before the API server.
+pub struct Begun {
+    kube: Kube,
     allocation: Allocation,
     env: Environment,
     site: String,
     name: String,
-    ip: String,
     places: Places,
     state: PilotState,
     state_dir: PathBuf,
@@ -204,26 +178,48 @@ pub struct Ready {
     authorities: Vec<CertificateDer<'static>>,
     holds: Holds,
     deadline: watch::Receiver<Option<Deadline>>,
-    first: Option<Deadline>,
+    timing: watch::Receiver<Option<Timing>>,
+    timing_tx: Arc<watch::Sender<Option<Timing>>>,
+    drain: watch::Receiver<Option<SystemTime>>,
+    draining: watch::Sender<bool>,
     tracker: TrackerHandle,
     kill_wait: Duration,
-    link: GuardianLink,
-    supervisors: Supervisors,
+    link: Arc<GuardianLink>,
+    supervisors: Arc<Supervisors>,
     records: Records,
     recovered: Vec<manager::Recovered>,
 }
 
-/// Finds out what was granted, takes up what is there of before a crash, and reaches the API server.
+impl Begun {
+    /// Whether there are pods of before a crash.
+    #[must_use]
+    pub fn has_pods(&self) -> bool {
+        !self.recovered.is_empty()
+    }
+
+    /// The deadline's moments, and who knows the deadline.
+    #[must_use]
+    pub fn clock(&self) -> (watch::Receiver<Option<Timing>>, TrackerHandle) {
+        (self.timing.clone(), self.tracker.clone())
+    }
+
+    /// So much of the kill wait is over.
+    pub fn spend_kill_wait(&mut self, over: Duration) {
+        self.kill_wait = self.kill_wait.saturating_sub(over);
+    }
+}
+
+/// Finds out what was granted, and takes up what is there of before a crash.
 ///
 /// # Errors
-/// When something that the pilot needs is not there; nothing is registered then.
-pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupError> {
+/// When something that the pilot needs is not there.
+pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupError> {
     check_settings(args)?;
     let env = Environment::from_process();
 
     let allocation = allocation::detect(&env, &DetectSettings::new(SystemTime::now())).await;
     let home = env.get("HOME").map(PathBuf::from);
-    let mut kube = Kube::load(args.way_in(), home.as_deref()).await?;
+    let kube = Kube::load(args.way_in(), home.as_deref()).await?;
 
     let site = site(args, &allocation);
     let name = node_name(args, &site, &allocation)?;
@@ -282,64 +278,7 @@ pub async fn prepare(args: &RunArgs, link: GuardianLink) -> Result<Ready, SetupE
         .map_err(|error| place("state directory", &state_dir, &error, mend))?;
     let recovered = recover(&supervisors, &records, restarted()).await;
     link.set_deadline(first.as_ref().map(|d| d.at));
-    // A pilot that has pods to lose does not give the API server up before its time is over.
-    let patience = if recovered.is_empty() { args.startup_timeout } else { left.unwrap_or(Duration::MAX) };
-    let node_port = Some(api::port_of(&listener)?);
-    let tunnels = tunnel::open(args, &mut kube, node_port, &state_dir, &env).await?;
-    tunnel::wait(tunnels.as_ref(), patience).await?;
-    let client = match &args.bootstrap_kubeconfig {
-        None => kube.connect(patience).await?,
-        Some(_) => {
-            let (known, told) = (deadline.clone(), tracker.clone());
-            let end = move || known.borrow().as_ref().map(|d| d.at);
-            let expires = move |at| told.credential_expires(at);
-            certificates::bootstrap::connect(&kube, &name, &state_dir, patience, end, expires).await?
-        }
-    };
-    let far = tunnels.as_ref().and_then(tunnel::address);
-    let ip = match args.advertise_address.clone().or(far) {
-        Some(ip) => ip,
-        None => {
-            let (host, port) = kube.host_port();
-            let found = crate::node::info::advertise_address(&host, port).await;
-            found.map_err(|error| SetupError::Host(error.to_string()))?.to_string()
-        }
-    };
-    let holds = Holds { _lock: lock, tunnels };
-    Ok(Ready {
-        url: kube.url(),
-        client,
-        allocation,
-        env,
-        site,
-        name,
-        ip,
-        places,
-        state,
-        state_dir,
-        listener,
-        authorities,
-        holds,
-        deadline,
-        first,
-        tracker,
-        kill_wait,
-        link,
-        supervisors,
-        records,
-        recovered,
-    })
-}
-
-/// Registers the Node and begins to take pods.
-///
-/// # Errors
-/// When the API server refuses the Node; nothing is registered then.
-pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
-    let Ready { client, allocation, env, site, name, ip, places, state, state_dir, deadline, first, .. } =
-        ready;
-    let metrics = PilotMetrics::new();
-    let client = cluster::counting(client, metrics.clone());
+    let link = Arc::new(link);
     let leads = Leads::new(
         state.first_left.map_or(Duration::MAX, Duration::from_secs),
         args.cordon_before,
@@ -347,141 +286,38 @@ pub async fn join(args: &RunArgs, ready: Ready) -> Result<Pilot, SetupError> {
     );
     let (timing_tx, timing) = watch::channel(first.as_ref().map(|d| leads.timing(d.at)));
     let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
-    let link = Arc::new(ready.link);
     let timing_tx = Arc::new(timing_tx);
-    let (draining_tx, draining) = watch::channel(false);
+    let (draining, draining_rx) = watch::channel(false);
     let followers = Followers {
         timing: Arc::clone(&timing_tx),
         drain: drain_tx,
         link: Arc::clone(&link),
-        draining: draining.clone(),
-        kill_wait: ready.kill_wait,
+        draining: draining_rx,
+        kill_wait,
     };
-    let known_deadline = deadline.clone();
-    tokio::spawn(follow_deadline(deadline, leads, followers));
-
-    let mut config = node_config(args, &name, &site, &ip, &allocation, &state, &places);
-    config.daemon_port = Some(api::port_of(&ready.listener)?);
-    config.declared_features = api::declared_features(&client).await;
-    if let Some(tunnels) = &ready.holds.tunnels {
-        tunnel::lead_to(&mut config, tunnels);
-    }
-    // By the login host where tunnels lead here, and from beside it in any case.
-    let mut reached_at = vec![config.hostname.clone(), ip.clone(), allocation.host.clone()];
-    reached_at.dedup();
-    let fixed_address = args.advertise_address.is_some();
-    let reached_at = tunnel::reached_at(reached_at, ready.holds.tunnels.as_ref(), fixed_address);
-    let api = api::prepare(api::Parts {
-        args,
-        client: client.clone(),
-        listener: ready.listener,
-        authorities: &ready.authorities,
-        node: &name,
-        reached_at,
-        timing: timing.clone(),
-        deadline: known_deadline,
-    })?;
-    let facts = facts(&config, args);
-    let node = crate::node::register(client.clone(), config, timing.clone(), args.startup_timeout).await?;
-    node.spawn_upkeep();
-    let node = Arc::new(node);
-    let ports = tunnel::pod_ports(ready.holds.tunnels.as_ref());
-
-    let mark = name.clone();
-    let context = Arc::new(Context {
-        api: Api::Cluster(Cluster::new(client.clone(), draining.clone())),
-        events: Events::to_cluster(client.clone(), &name),
-        supervisors: Arc::new(ready.supervisors),
-        records: ready.records,
-        identity: Identity {
-            node: Some(name.clone()),
-            cluster: Some(ready.url),
-            ip,
-            host: allocation.host.clone(),
-            job: allocation.job_id.as_ref().map(|j| j.value.clone()),
-            // A crash of the pilot changes nothing about whose a directory is.
-            process: guardian_process(),
-            mark,
-        },
+    tokio::spawn(follow_deadline(deadline.clone(), leads, followers));
+    Ok(Begun {
+        kube,
+        allocation,
+        env,
+        site,
+        name,
         places,
-        inherited: environment::inherited(
-            env.iter().map(|(name, value)| (name.to_owned(), value.to_owned())),
-            &args.pods.pass_env,
-        ),
-        expand: args.pods.expand.into(),
-        allocatable: facts.allocatable.clone(),
-        drain,
-        draining,
-        roster: Arc::default(),
-        metrics,
-        policy: Policy { open_files: raise_open_files(), ..policy(allocation.batch) },
-        ports,
-        output: None,
-    });
-    if let Some(tunnels) = &ready.holds.tunnels {
-        tunnel::follow_node(&node, tunnels, fixed_address);
-        if let Some(ports) = &context.ports {
-            tunnel::follow_pods(context.api.clone(), ports, tunnels);
-        }
-    }
-    api.serve(&context, &allocation, &site);
-    spawn_housekeeping(&context);
-    let manager = manager::spawn(manager::Setup {
-        context: Arc::clone(&context),
-        pods: source::watch(client, &name),
-        facts: follow_labels(facts, node.labels()),
-        recovered: ready.recovered,
-    });
-    let known = *timing.borrow();
-    tracing::info!(
-        node = name,
-        cordon = known.map(|t| rfc3339(t.cordon)),
-        drain = known.map(|t| rfc3339(t.drain)),
-        "Node registered; pods are taken until the cordon and ended at the drain"
-    );
-    let (tracker, kill_wait) = (ready.tracker, ready.kill_wait);
-    let draining = draining_tx;
-    Ok(Pilot {
-        node,
-        manager,
-        context,
-        tracker,
+        state,
+        state_dir,
+        listener,
+        authorities,
+        holds: Holds { _lock: lock, tunnels: None },
+        deadline,
         timing,
         timing_tx,
+        drain,
         draining,
+        tracker,
         kill_wait,
-        batch: allocation.batch,
         link,
-        state_dir,
-        _holds: ready.holds,
+        supervisors: Arc::new(supervisors),
+        records,
+        recovered,
     })
-}
-
-/// How containers start and end under a batch system.
-pub(in crate::commands) fn policy(batch: BatchSystem) -> Policy {
-    let pbs = matches!(batch, BatchSystem::Pbs | BatchSystem::Torque);
-    Policy {
-        session: if pbs { Session::Shared } else { Session::Own },
-        orphan_timeout: ORPHAN_TIMEOUT,
-        hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
-        open_files: None,
-    }
-}
-
-/// What goes on beside the pods: remains of dead supervisors are ended, old logs go.
-pub(in crate::commands) fn spawn_housekeeping(context: &Arc<Context>) {
-    let supervisors = Arc::clone(&context.supervisors);
-    tokio::spawn(async move { supervisors.reap_strays(allocation::command::is_ours).await });
-    let kept_root = context.places.pods.join(directory::KEPT);
-    tokio::spawn(async move {
-        let mut hourly = tokio::time::interval(PRUNE_EVERY);
-        hourly.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            hourly.tick().await;
-            let root = kept_root.clone();
-            if on_disk(move || directory::prune_kept(&root, SystemTime::now())).await.is_err() {
-                return;
-            }
-        }
-    });
 }
