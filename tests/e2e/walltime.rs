@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ApiProxy, Namespace, Options, Pilot, api, condition, container, job, pod_spec, read, seconds, wait_for,
-    wait_until,
+    ApiProxy, Namespace, Options, Pilot, api, condition, container, job, pod_spec, read, seconds,
+    shared_directory, wait_for, wait_until,
 };
 
 /// Ends by itself at a SIGTERM, and not before.
@@ -129,15 +129,70 @@ fn a_job_that_loses_the_api_server_before_its_end_still_ends_in_time_and_says_wh
 }
 
 #[test]
-fn alivetime_and_drain_follow_a_time_limit_that_is_lowered_and_raised() {
-    let pilot = Pilot::sbatch(Options::new("limit").minutes(30));
+fn alivetime_and_drain_follow_a_time_limit_that_is_raised_and_lowered() {
+    let namespace = Namespace::new("limit");
+    let mut pilot = Pilot::sbatch(Options::new("limit").minutes(5));
     let first = pilot.alivetime().unwrap();
-    assert!((1500..1800).contains(&first), "{first}");
-    pilot.update("TimeLimit=10");
-    // Asked every two minutes, with jitter.
-    wait_until("alivetime falls", seconds(150), || pilot.alivetime().is_some_and(|now| now < 600));
+    assert!((180..300).contains(&first), "{first}");
+    namespace.script_on(&pilot, "p", UNTIL_TERM);
+    namespace.wait_phase("p", "Running", seconds(30));
     pilot.update("TimeLimit=60");
+    // Asked every two minutes, with jitter.
     wait_until("alivetime rises", seconds(150), || pilot.alivetime().is_some_and(|now| now > 2400));
+
+    // In a minute or two the job is over. Slurm's warning signal makes the pilot ask at once.
+    let left = pilot.end_time().duration_since(Timestamp::now()).as_secs();
+    pilot.update(&format!("TimeLimit={}", (3600 - left) / 60 + 2));
+    pilot.warn();
+    let end = pilot.end_time().as_second();
+    // 30 s before the end, whichever end there is; squeue answers in whole seconds.
+    wait_until("the drain comes near", seconds(15), || (end - 32..=end - 30).contains(&drain_time(&pilot)));
+    wait_until("alivetime falls", seconds(15), || pilot.alivetime().is_some_and(|now| now < 120));
+    let drain = drain_time(&pilot);
+    let pod = namespace.wait_phase("p", "Failed", seconds(130));
+    assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+    let ended = &pod["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"];
+    let ended = ended.as_str().unwrap().parse::<Timestamp>().unwrap().as_second();
+    assert!((drain..drain + 10).contains(&ended), "the pod ended at {ended}, the drain was at {drain}");
+    let state = pilot.wait_job_over(seconds(30));
+    assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
+}
+
+#[test]
+fn a_job_whose_pilot_is_told_no_limit_drains_by_the_limits_own_sigterm_and_is_timeout() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let namespace = Namespace::new("blind");
+    let directory = shared_directory();
+    let squeue = directory.path().join("squeue");
+    std::fs::write(&squeue, "#!/bin/sh\necho 'no slurmctld today' >&2\nexit 1\n").unwrap();
+    std::fs::set_permissions(&squeue, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", directory.path().display());
+    // The warning signal, which would tell of an end too, goes to nobody: it is for steps, and there are none.
+    let options = Options::new("blind").minutes(1).env("PATH", &path).arg("--signal=USR1@10");
+    let mut pilot = Pilot::sbatch(options);
+    // All that it knows of is its credential's end, a day away.
+    let alivetime = pilot.alivetime();
+    assert!(alivetime.is_some_and(|seconds| seconds > 3600), "{alivetime:?}: {}", pilot.output());
+    assert!(pilot.output().contains("no slurmctld today"), "{}", pilot.output());
+    // It takes no notice of SIGTERM: what ends it is the pilot, in the middle of the kill wait.
+    namespace.config_map("p", &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
+    let mut spec = pod_spec("Never", &[container("c1", "p")]);
+    spec["terminationGracePeriodSeconds"] = json!(600);
+    namespace.pod_on(&pilot, "p", spec);
+    namespace.wait_phase("p", "Running", seconds(30));
+    let end = pilot.end_time().as_second();
+
+    // Slurm looks at its limits once in half a minute.
+    let pod = namespace.wait_phase("p", "Failed", seconds(150));
+    assert!(Timestamp::now().as_second() >= end, "the pod ended before the limit: {}", pilot.output());
+    assert_eq!(pod["status"]["reason"], "Terminated", "{:#}", pod["status"]);
+    let state = pilot.wait_job_over(seconds(30));
+    // By the pilot, not by Slurm's SIGKILL: its last line is there, and nothing is left behind.
+    assert_eq!(state.state(), "TIMEOUT", "{}", pilot.output());
+    assert!(pilot.row("p").contains("  exit 137  "), "{}", pilot.row("p"));
+    assert!(pilot.output().contains("Node and Lease are removed"), "{}", pilot.output());
+    assert_eq!(pilot.nodes(), Vec::<Value>::new());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
 }
 
 #[test]
@@ -156,6 +211,13 @@ fn walltime_0_publishes_no_time_and_still_drains_before_slurms_limit() {
     let state = pilot.wait_job_over(seconds(40));
     assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
     assert_eq!(pilot.nodes(), Vec::<Value>::new());
+}
+
+/// When the Node says that its pods will be ended, in seconds since 1970.
+fn drain_time(pilot: &Pilot) -> i64 {
+    let node = pilot.nodes()[0].clone();
+    let moment = node["metadata"]["annotations"]["jiriaf.drain"].as_str().expect("a drain time");
+    moment.parse::<Timestamp>().unwrap().as_second()
 }
 
 /// The pods that were bound to the pilot and are in this phase.

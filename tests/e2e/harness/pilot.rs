@@ -400,6 +400,11 @@ impl Pilot {
         slurm(&["scontrol", "update", &format!("JobId={}", self.job_id()), setting]);
     }
 
+    /// The warning signal of a job script's `--signal`, now.
+    pub fn warn(&self) {
+        slurm(&["scancel", "--batch", "--signal=USR1", &self.job_id()]);
+    }
+
     /// `scancel`, by its owner.
     pub fn scancel(&self) {
         let output = run(as_user(ALICE, "scancel").arg(self.job_id()));
