@@ -6,12 +6,16 @@
 mod closing;
 mod lost;
 mod refusals;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::StreamExt as _;
+use futures::future::{BoxFuture, join_all};
+use futures::stream::FuturesUnordered;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -77,6 +81,8 @@ pub struct Counts {
     pub active: usize,
     /// Pods that have ended and whose final status is not acknowledged.
     pub unreported: usize,
+    /// Pods that never ran here and whose final status is not acknowledged: refused, lost, or deleted before they came.
+    pub refused: usize,
     /// Pods that have ended and that their Job has not counted yet: they carry its tracking finalizer.
     pub tracked: usize,
     /// Pods of which something is left, if only a directory.
@@ -160,6 +166,7 @@ pub fn spawn(setup: Setup) -> Manager {
         notes,
         pods: HashMap::new(),
         refused: HashMap::new(),
+        told: FuturesUnordered::new(),
         owners: Owners::default(),
         gate: Gate::Open,
         held: VecDeque::new(),
@@ -183,14 +190,24 @@ struct Entry {
     outcome: Option<Outcome>,
 }
 
+/// A pod that never ran here; dropped when it is gone.
+struct Refused {
+    /// Says whether the pod is deleted.
+    deleted: watch::Sender<bool>,
+    /// Its final status is acknowledged, or will never be.
+    told: bool,
+}
+
 struct State {
     context: Arc<Context>,
     facts: watch::Receiver<NodeFacts>,
     notes_tx: mpsc::Sender<Note>,
     notes: mpsc::Receiver<Note>,
     pods: HashMap<String, Entry>,
-    /// Pods that never ran here, by uid; what is sent says whether the pod is deleted, and dropping it that it is gone.
-    refused: HashMap<String, watch::Sender<bool>>,
+    /// Pods that never ran here, by uid.
+    refused: HashMap<String, Refused>,
+    /// Which of them were told.
+    told: FuturesUnordered<BoxFuture<'static, String>>,
     owners: Owners,
     gate: Gate,
     held: VecDeque<Pod>,
@@ -221,6 +238,11 @@ impl State {
                     None => return,
                 },
                 Some(note) = self.notes.recv() => self.on_note(note),
+                Some(uid) = self.told.next() => {
+                    if let Some(refused) = self.refused.get_mut(&uid) {
+                        refused.told = true;
+                    }
+                }
                 // Where no more come, those that are there still have their ends.
                 Some(event) = pods.recv() => self.on_pod(event).await,
             }
@@ -232,6 +254,7 @@ impl State {
         let counts = Counts {
             active: self.pods.values().filter(|e| !e.ended).count(),
             unreported: self.pods.values().filter(|e| e.ended && !e.reported).count(),
+            refused: self.refused.values().filter(|refused| !refused.told).count(),
             tracked: self.pods.values().filter(|e| e.reported && is_tracked(&e.pod)).count(),
             known: self.pods.len(),
             listed: self.listed,
@@ -421,7 +444,7 @@ impl State {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let deleted = pod.metadata.deletion_timestamp.is_some();
         if let Some(refused) = self.refused.get(&uid) {
-            refused.send_if_modified(|known| deleted && !std::mem::replace(known, true));
+            refused.deleted.send_if_modified(|known| deleted && !std::mem::replace(known, true));
             return;
         }
         if self.pods.contains_key(&uid) {
@@ -538,9 +561,15 @@ impl State {
     fn close(&mut self, pod: Pod, status: Option<PodStatus>, delay: Duration) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let (deleted, deleted_rx) = watch::channel(pod.metadata.deletion_timestamp.is_some());
-        self.refused.insert(uid, deleted);
+        self.refused.insert(uid.clone(), Refused { deleted, told: status.is_none() });
+        let (told_tx, told) = oneshot::channel();
+        self.told.push(Box::pin(async move {
+            let _ = told.await;
+            uid
+        }));
         let (api, draining) = (self.context.api.clone(), self.context.draining.clone());
-        tokio::spawn(closing::close(api, pod, status.map(|status| (status, delay)), draining, deleted_rx));
+        let status = status.map(|status| (status, delay));
+        tokio::spawn(closing::close(api, pod, status, draining, deleted_rx, told_tx));
     }
 }
 

@@ -1,8 +1,9 @@
 //! Pods that come to a Node past the scheduler, and which it does not take.
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Namespace, Options, Pilot, condition, container, pod_spec, seconds};
+use crate::harness::{Namespace, Options, Pilot, condition, container, pod_spec, seconds, wait_until};
 
 /// Binds a pod of this spec to the pilot's Node as somebody who names the Node does, and waits until it is
 /// refused.
@@ -60,4 +61,34 @@ fn a_pilot_of_some_namespaces_takes_no_pods_of_others() {
     let message = pod["status"]["message"].as_str().unwrap_or_default();
     assert!(message.contains("--namespaces") && message.contains(&other.name), "{:#}", pod["status"]);
     assert!(!pilot.pod_directory("q").exists());
+}
+
+#[test]
+fn pods_whose_refusal_is_held_back_are_told_of_it_before_the_pilots_end() {
+    let namespace = Namespace::new("held-back");
+    namespace.config_map("work", &[("run.sh", "exit 0\n")]);
+    let mut pilot = Pilot::local(Options::new("held-back"), 600);
+    let owner = namespace.of("configmaps").get("work").unwrap()["metadata"]["uid"].clone();
+    let names: Vec<String> = (0..7).map(|number| format!("p{number}")).collect();
+    // The more pods of one controller are refused the later each is told: the last one after 32 s.
+    for name in &names {
+        let mut spec = pod_spec("Never", &[container("c1", "work")]);
+        spec["nodeName"] = pilot.node.as_str().into();
+        spec["nodeSelector"] = json!({"jiriaf.site": "elsewhere"});
+        spec["tolerations"] = json!([{"operator": "Exists"}]);
+        let by = json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "work", "uid": owner, "controller": true});
+        namespace
+            .of("pods")
+            .create(&json!({"metadata": {"name": name, "ownerReferences": [by]}, "spec": spec}));
+    }
+    wait_until("the last one is refused", seconds(10), || {
+        pilot.output().lines().any(|line| line.contains("pod refused") && line.contains("\"p6\""))
+    });
+    assert_eq!(namespace.pod("p6").unwrap()["status"]["phase"], "Pending");
+    pilot.signal(Signal::SIGTERM);
+    assert_eq!(pilot.wait_exit(seconds(20)), Some(0), "{}", pilot.output());
+    for name in &names {
+        let pod = namespace.pod(name).unwrap();
+        assert_eq!(pod["status"]["reason"], "NodeAffinity", "{name}: {:#}", pod["status"]);
+    }
 }

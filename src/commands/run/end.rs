@@ -14,7 +14,7 @@ use super::signals::{Signal, Signals};
 use crate::allocation::BatchSystem;
 use crate::drain::{self, SAFETY, Share};
 use crate::node::Removal;
-use crate::pod::manager::Gate;
+use crate::pod::manager::{Counts, Gate};
 use crate::pod::outcome;
 
 /// How long the batch system is asked at most whether more time is left than the SIGTERM allows for.
@@ -137,6 +137,8 @@ struct Done {
     running: usize,
     /// Final statuses that the API server never acknowledged.
     unreported: usize,
+    /// Pods that never ran here, of whose rejection the API server never heard.
+    refused: usize,
     /// What became of the Node.
     node: Result<Removal, String>,
 }
@@ -194,9 +196,8 @@ async fn end_pods(pilot: &Pilot, asks: bool, start: Instant, budget: Duration) -
 async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
     let left = |until: Duration| until.saturating_sub(start.elapsed());
     let mut counts = pilot.manager.counts();
-    holds(&mut counts, left(share.report), |c| c.active == 0 && c.unreported == 0).await;
-    let now = *counts.borrow();
-    if now.active == 0 && now.unreported == 0 {
+    let told = |c: &Counts| c.active == 0 && c.unreported == 0 && c.refused == 0;
+    if holds(&mut counts, left(share.report), told).await {
         holds(&mut counts, left(share.report).min(FINALIZERS_LIMIT), |c| c.tracked == 0).await;
     }
     pilot.context.events.flush(left(share.report).min(EVENTS_LIMIT)).await;
@@ -205,7 +206,7 @@ async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
         None => Err("the pilot did not come back to it after a crash".to_owned()),
     };
     let now = *counts.borrow();
-    Done { running: now.active, unreported: now.unreported, node }
+    Done { running: now.active, unreported: now.unreported, refused: now.refused, node }
 }
 
 async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
@@ -241,6 +242,13 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
             pods = done.unreported,
             kept = %pilot.context.places.kept.display(),
             "final statuses that the API server never acknowledged; the rows NOT REPORTED above and the kept files have them"
+        );
+        code = ExitCode::from(1);
+    }
+    if done.refused > 0 {
+        tracing::error!(
+            pods = done.refused,
+            "pods that never ran here and whose final status the API server never acknowledged"
         );
         code = ExitCode::from(1);
     }

@@ -3,25 +3,33 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::pod::api::Api;
 use crate::pod::publisher::Publisher;
 use crate::pod::worker::DELETE_RETRY;
 
+/// The longest delay of a rejection in a drain, which is over soon: a controller that replaces each rejected pod makes one
+/// a second then.
+const DRAINING_MOST: Duration = Duration::from_secs(1);
+
 /// Publishes the final status, if there is one to be told, after its delay; deletes the pod once it is marked as deleted,
-/// as a kubelet does. `deleted` says so, and is closed when the pod is gone. Returns when nothing is left to do.
+/// as a kubelet does. `deleted` says so, and is closed when the pod is gone. Returns when nothing is left to do. `told` is
+/// dropped when the status is acknowledged, or will never be.
 pub(super) async fn close(
     api: Api,
     pod: Pod,
     status: Option<(PodStatus, Duration)>,
-    draining: watch::Receiver<bool>,
+    mut draining: watch::Receiver<bool>,
     mut deleted: watch::Receiver<bool>,
+    told: oneshot::Sender<()>,
 ) {
     if let Some((status, delay)) = status {
-        // Nobody is spared by a delay once the pod is deleted.
+        let delay = if *draining.borrow_and_update() { delay.min(DRAINING_MOST) } else { delay };
+        // Nobody is spared by a delay once the pod is deleted, and once the pilot drains none is left for later.
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
+            Ok(()) = draining.changed() => {}
             known = is_deleted(&mut deleted) => if !known { return },
         }
         let mut publisher = Publisher::spawn(api.clone(), pod.clone(), draining);
@@ -40,6 +48,7 @@ pub(super) async fn close(
             }
         }
     }
+    drop(told);
     if !is_deleted(&mut deleted).await {
         return;
     }
@@ -81,6 +90,8 @@ mod tests {
 
     struct Case {
         deleted: watch::Sender<bool>,
+        draining: watch::Sender<bool>,
+        told: oneshot::Receiver<()>,
         statuses: mpsc::Receiver<(String, PodStatus)>,
         task: tokio::task::JoinHandle<()>,
     }
@@ -92,9 +103,10 @@ mod tests {
         pod.metadata.uid = Some("u1".to_owned());
         let status = PodStatus { phase: Some("Failed".to_owned()), ..PodStatus::default() };
         let (deleted, deleted_rx) = watch::channel(false);
-        let (_, draining) = watch::channel(false);
-        let task = tokio::spawn(close(api, pod, Some((status, delay)), draining, deleted_rx));
-        Case { deleted, statuses, task }
+        let (draining, draining_rx) = watch::channel(false);
+        let (told_tx, told) = oneshot::channel();
+        let task = tokio::spawn(close(api, pod, Some((status, delay)), draining_rx, deleted_rx, told_tx));
+        Case { deleted, draining, told, statuses, task }
     }
 
     #[tokio::test]
@@ -104,6 +116,17 @@ mod tests {
         let told = timeout(SOON, case.statuses.recv()).await.unwrap().unwrap();
         assert_eq!((told.0.as_str(), told.1.phase.as_deref()), ("u1", Some("Failed")));
         timeout(SOON, case.task).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_drain_ends_the_delay_of_a_refused_pod() {
+        let mut case = case(LONG);
+        assert!(timeout(Duration::from_millis(50), &mut case.told).await.is_err());
+        case.draining.send_replace(true);
+        timeout(SOON, case.statuses.recv()).await.unwrap().unwrap();
+        // Nobody says anything by it but by dropping it.
+        assert!(timeout(SOON, case.told).await.unwrap().is_err());
+        case.task.abort();
     }
 
     #[tokio::test]
