@@ -138,10 +138,8 @@ async fn program(session: RemoteCommand) -> Vec<u8> {
     if let Some(stdin) = stdin {
         let _ = stdin.take(READ).read_to_end(&mut input).await;
     }
-    for output in [stdout, stderr] {
-        if let Some(mut output) = output {
-            let _ = output.write_all(&input).await;
-        }
+    for mut output in [stdout, stderr].into_iter().flatten() {
+        let _ = output.write_all(&input).await;
     }
     while resize.try_recv().is_ok() {}
     let _ = status.send(Status::Exit(3)).await;

@@ -63,7 +63,12 @@ fn case() -> Case {
         draining: draining_rx,
         roster: Arc::default(),
         metrics: crate::pilot_metrics::PilotMetrics::new(),
-        policy: Policy { session: Session::Own, orphan_timeout: Duration::ZERO, hold_end: Duration::ZERO },
+        policy: Policy {
+            session: Session::Own,
+            orphan_timeout: Duration::ZERO,
+            hold_end: Duration::ZERO,
+            open_files: None,
+        },
         ports: None,
         output: None,
     });

@@ -47,7 +47,7 @@ fn seeds() -> Vec<(&'static str, &'static str, u8, Vec<u8>)> {
     let binary = |payload: &[u8]| message(BINARY, true, payload);
     let text = |payload: &[u8]| message(TEXT, true, payload);
     let size = b"\x04{\"Width\":101,\"Height\":33}";
-    let split = |bytes: &[u8]| bytes.chunks(23).flat_map(|piece| binary(piece)).collect::<Vec<u8>>();
+    let split = |bytes: &[u8]| bytes.chunks(23).flat_map(&binary).collect::<Vec<u8>>();
     vec![
         ("remote_command", "spdy-v4", 0, exec_by_spdy(&["error", "stdin", "stdout", "stderr"])),
         ("remote_command", "spdy-v4-terminal", 1, exec_by_spdy(&["error", "stdin", "stdout", "resize"])),
