@@ -208,15 +208,15 @@ fn secrets_and_string_data_reach_the_container() {
 }
 
 #[test]
-fn a_key_that_can_be_no_variables_name_is_left_out_and_told() {
+fn a_prefix_that_can_begin_no_variables_name_leaves_the_keys_out_and_is_told() {
     let home = Home::new();
-    let keys = "kind: ConfigMap\napiVersion: v1\nmetadata: {name: k}\ndata: {A: one, \"B=C\": two}\n---\n";
-    let object =
-        pod("p", "").replace("command: [bash]", "command: [bash], envFrom: [{configMapRef: {name: k}}]");
-    let played = home.play_text(&format!("{keys}{}", with_script("echo $A; env | grep -c two", &object)));
+    let keys = "kind: ConfigMap\napiVersion: v1\nmetadata: {name: k}\ndata: {A: one}\n---\n";
+    let both = "envFrom: [{configMapRef: {name: k}}, {prefix: 'P=', configMapRef: {name: k}}]";
+    let object = pod("p", "").replace("command: [bash]", &format!("command: [bash], {both}"));
+    let played = home.play_text(&format!("{keys}{}", with_script("echo $A; env | grep -c ^P=", &object)));
     assert!(played.out.contains("c | one\n") && played.out.contains("c | 0\n"), "{}", played.all());
     let told =
-        ["InvalidEnvironmentVariableNames", "Keys [B=C] from the EnvFrom configMap default/k were skipped"];
+        ["InvalidEnvironmentVariableNames", "Keys [P=A] from the EnvFrom configMap default/k were skipped"];
     assert!(told.iter().all(|words| played.err.contains(words)), "{}", played.all());
 }
 

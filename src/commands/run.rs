@@ -255,7 +255,8 @@ impl Cordon {
         Self { node, manager, closed: false, turning: None }
     }
 
-    /// Begins to close or open. Until a cordon is acknowledged, pods that arrive wait.
+    /// Begins to close or open. Until the API server has acknowledged it, pods that arrive wait: those that the scheduler
+    /// binds in the moment of opening come before the answer does.
     async fn want(&mut self, closed: bool) {
         let target = self.turning.as_ref().map_or(self.closed, |(target, _)| *target);
         if target == closed {
@@ -263,8 +264,8 @@ impl Cordon {
         }
         if closed {
             tracing::info!("no more pods are taken: the deadline is near");
-            self.manager.gate(Gate::Holding).await;
         }
+        self.manager.gate(Gate::Holding).await;
         self.ask(closed, Duration::ZERO);
     }
 

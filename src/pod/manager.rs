@@ -53,7 +53,7 @@ const WRITES_LIMIT: Duration = Duration::from_millis(500);
 pub enum Gate {
     /// Pods are admitted.
     Open,
-    /// Pods wait: the cordon is not acknowledged yet.
+    /// Pods wait: the cordon, or its end, is not acknowledged yet.
     Holding,
     /// Pods are rejected as on a node that is shut down.
     Closed,

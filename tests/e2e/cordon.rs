@@ -38,7 +38,10 @@ fn bound(namespace: &Namespace, pilot: &Pilot, name: &str) {
 /// What a pod says that the pilot did not take because its end is near.
 fn assert_rejected(pilot: &Pilot, name: &str, pod: &Value) {
     assert_eq!(pod["status"]["reason"], "NodeShutdown", "{pod:#}");
-    assert_eq!(pod["status"]["message"], "Pod was rejected as the node is shutting down.", "{pod:#}");
+    assert_eq!(
+        pod["status"]["message"], "Pod was rejected: Pod was rejected as the node is shutting down.",
+        "{pod:#}"
+    );
     assert_eq!(condition(pod, "DisruptionTarget")["status"], "True", "{pod:#}");
     assert!(!pilot.pod_directory(name).exists(), "nothing of it was started");
 }
@@ -94,9 +97,9 @@ impl NoCordon {
             "metadata": {"name": name},
             "spec": {"policyName": name, "validationActions": ["Deny"]},
         }));
-        wait_until("the policy holds", seconds(30), || {
-            !bed().kubectl(&["cordon", node, "--dry-run=server"]).success
-        });
+        // kubectl's own cordon exits 0 when it is refused.
+        let cordon = ["patch", "node", node, "--dry-run=server", "-p", "{\"spec\":{\"unschedulable\":true}}"];
+        wait_until("the policy holds", seconds(30), || !bed().kubectl(&cordon).success);
         policy
     }
 }

@@ -53,7 +53,7 @@ pub struct ContainerEnv {
 }
 
 /// Keys of one source of `envFrom` that can be no variable's name. An API server lets neither such a key nor such a prefix
-/// through, and kubelet 1.36 looks no more; the files of `play` have met no API server.
+/// through, and kubelet 1.36 looks no more; a prefix in the files of `play` has met no API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
     /// `configMap` or `secret`.
