@@ -9,7 +9,9 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 use serde_json::{Value, json};
 
 use crate::harness::https::{Https, read_head};
-use crate::harness::{BOB, Namespace, Options, Pilot, api, as_user, run, seconds, wait_until};
+use crate::harness::{
+    BOB, Namespace, Options, Pilot, api, as_user, run, seconds, shared_directory, wait_until,
+};
 
 /// Each way in, for one pod of a namespace.
 fn routes(namespace: &str) -> Vec<String> {
@@ -135,8 +137,8 @@ fn no_user_of_the_host_gets_anything_from_any_route_by_any_method_without_a_cred
     assert_eq!(node.as_admin().get("/pods").status, 200);
 }
 
-/// A certificate and its key for this name and group, signed by a CA that nobody knows.
-fn forged() -> (String, String) {
+/// A certificate and its key for the cluster's administrator, signed by a CA of our own, and that CA's.
+fn forged() -> (String, String, String) {
     let mut ca = CertificateParams::default();
     // The name of the cluster's own.
     ca.distinguished_name.push(DnType::CommonName, "jiriaf-test-ca");
@@ -147,14 +149,29 @@ fn forged() -> (String, String) {
     params.distinguished_name.push(DnType::OrganizationName, "system:masters");
     params.extended_key_usages.push(rcgen::ExtendedKeyUsagePurpose::ClientAuth);
     let key = KeyPair::generate().unwrap();
-    (params.signed_by(&key, &ca).unwrap().pem(), key.serialize_pem())
+    (params.signed_by(&key, &ca).unwrap().pem(), key.serialize_pem(), ca.pem())
+}
+
+#[test]
+fn client_ca_file_names_who_signs_for_clients_and_the_clusters_own_ca_does_not_any_more() {
+    let (certificate, key, ca) = forged();
+    let directory = shared_directory();
+    let file = directory.path().join("client-ca.crt");
+    std::fs::write(&file, ca).unwrap();
+    let options = Options::new("client-ca").arg("--client-ca-file").arg(file.to_str().unwrap());
+    let (namespace, pilot) = pilot_with_pod("client-ca", options);
+    let node = Https::node(&pilot);
+    let logs = format!("/containerLogs/{}/p/c1", namespace.name);
+    let theirs = node.certificate(&certificate, &key).get(&logs);
+    assert_eq!((theirs.status, theirs.body.as_str()), (200, "s3cr3t-line\n"));
+    assert_eq!(node.as_admin().get(&logs).status, 401);
 }
 
 #[test]
 fn what_the_cluster_has_not_given_is_no_credential() {
     let (namespace, pilot) = pilot_with_pod("forged", Options::new("forged"));
     let node = Https::node(&pilot);
-    let (certificate, key) = forged();
+    let (certificate, key, _) = forged();
     let made_up = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhZG1pbiJ9.c2lnbmF0dXJl";
     let impostors = [
         node.certificate(&certificate, &key),

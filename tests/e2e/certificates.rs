@@ -227,7 +227,7 @@ fn a_certificate_of_files_is_served_and_read_again_when_they_change() {
     let directory = shared_directory();
     let (certificate, key) = (directory.path().join("tls.crt"), directory.path().join("tls.key"));
     // For all addresses that this host may advertise.
-    let addresses = run(&mut Command::new("hostname").arg("-I")).stdout;
+    let addresses = run(Command::new("hostname").arg("-I")).stdout;
     let names: Vec<String> =
         ["127.0.0.1"].into_iter().chain(addresses.split_whitespace()).map(|ip| format!("IP:{ip}")).collect();
     let names = format!("subjectAltName={}", names.join(","));

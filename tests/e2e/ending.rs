@@ -4,9 +4,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::harness::{
-    Namespace, Options, Pilot, condition, container, pod_spec, read, seconds, slurm, wait_until,
-};
+use crate::harness::{Namespace, Options, Pilot, condition, read, seconds, slurm, wait_until};
 
 #[test]
 fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
@@ -52,11 +50,7 @@ fn a_cancelled_job_ends_its_pods_reports_them_and_removes_its_node() {
 fn a_cancelled_job_ends_a_stubborn_pod_before_slurm_kills_it_however_much_of_its_limit_is_left() {
     let namespace = Namespace::new("stubborn");
     let mut pilot = Pilot::sbatch(Options::new("stubborn"));
-    namespace.config_map("p", &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
-    let mut spec = pod_spec("Never", &[container("c1", "p")]);
-    spec["terminationGracePeriodSeconds"] = json!(600);
-    namespace.pod_on(&pilot, "p", spec);
-    namespace.wait_phase("p", "Running", seconds(30));
+    namespace.stubborn_pod(&pilot, "p");
 
     // KillWait is 30 s.
     let start = Instant::now();

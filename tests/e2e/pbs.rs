@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::harness::{
     Namespace, Options, PbsJob, Pilot, condition, container, pod_spec, read, seconds, wait_until,
@@ -93,11 +93,7 @@ fn a_qdel_ends_a_stubborn_pod_before_pbs_kills_it_however_much_walltime_is_left(
     let namespace = Namespace::new("qdel");
     let job = PbsJob::new(1, "01:00:00");
     let mut pilot = Pilot::pbs(Options::new("qdel"), &job);
-    namespace.config_map("p", &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
-    let mut spec = pod_spec("Never", &[container("c1", "p")]);
-    spec["terminationGracePeriodSeconds"] = json!(600);
-    namespace.pod_on(&pilot, "p", spec);
-    namespace.wait_phase("p", "Running", seconds(30));
+    namespace.stubborn_pod(&pilot, "p");
 
     // qstat goes on to say that an hour is left, as a real one does.
     let start = Instant::now();

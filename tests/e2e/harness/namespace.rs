@@ -63,6 +63,15 @@ impl Namespace {
         self.of("pods").get(name)
     }
 
+    /// A pod that runs, does not heed SIGTERM, and has a grace of ten minutes.
+    pub fn stubborn_pod(&self, pilot: &Pilot, name: &str) {
+        self.config_map(name, &[("run.sh", "trap '' TERM\nwhile :; do sleep 0.2; done\n")]);
+        let mut spec = pod_spec("Never", &[container("c1", name)]);
+        spec["terminationGracePeriodSeconds"] = json!(600);
+        self.pod_on(pilot, name, spec);
+        self.wait_phase(name, "Running", seconds(30));
+    }
+
     /// Waits until the pod is in this phase, and returns it. A pod in another terminal phase fails the test at
     /// once.
     #[track_caller]
