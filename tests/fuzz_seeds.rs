@@ -1,4 +1,4 @@
-//! The recorded conversations with which fuzzing begins (fuzz/seeds): each is taken for what it is, and so is much that is
+//! The recorded conversations with which fuzzing begins (tests/fuzz/seeds): each is taken for what it is, and so is much that is
 //! near it. What the fuzz targets do is run here too, so that it stays right without a fuzzer.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use conversation::Heard;
 
-#[path = "../fuzz/src/conversation.rs"]
+#[path = "fuzz/src/conversation.rs"]
 mod conversation;
 
 type Target = fn(&[u8]) -> Heard;
@@ -16,7 +16,7 @@ const TARGETS: [(&str, Target); 2] =
     [("remote_command", conversation::remote_command), ("port_forward", conversation::port_forward)];
 
 fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
-    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(target);
     let files = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path());
     let mut seeds: Vec<_> = files
         .map(|file| (file.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(file).unwrap()))

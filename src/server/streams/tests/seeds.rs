@@ -1,5 +1,5 @@
-//! Conversations for fuzzing to begin with (fuzz/seeds): what a client like kubectl sends after its 101, in each protocol.
-//! The first byte is the number of the protocol in fuzz/src/conversation.rs.
+//! Conversations for fuzzing to begin with (tests/fuzz/seeds): what a client like kubectl sends after its 101, in each protocol.
+//! The first byte is the number of the protocol in tests/fuzz/src/conversation.rs.
 
 use std::path::PathBuf;
 
@@ -75,7 +75,7 @@ fn seeds() -> Vec<(&'static str, &'static str, u8, Vec<u8>)> {
 /// They are files for the fuzzer's sake. Where they are not what is made here, JIRIAF_WRITE_SEEDS=1 writes them anew.
 #[test]
 fn the_seeds_of_the_fuzz_targets_are_these_conversations() {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds");
     for (target, name, choice, conversation) in seeds() {
         let (file, bytes) = (root.join(target).join(name), [vec![choice], conversation].concat());
         if std::env::var_os("JIRIAF_WRITE_SEEDS").is_some() {
