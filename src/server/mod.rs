@@ -195,20 +195,16 @@ impl Server {
         let route = route(&path);
         let name = route.as_ref().map_or("other", Route::name);
         let mut who = String::new();
-        let answer = if self.is_open(&method, route.as_ref()) {
-            self.dispatch(request, route, User::default()).await
-        } else {
-            match self.identify(&request, chain).await {
-                Ok(user) => {
-                    who.clone_from(&user.name);
-                    match self.admit(&request, &user, guest).await {
-                        Ok(()) => self.dispatch(request, route, user).await,
-                        Err(refused) => Err(refused),
-                    }
-                }
-                Err(refused) => Err(refused),
+        let answer = async {
+            if self.is_open(&method, route.as_ref()) {
+                return self.dispatch(request, route, User::default()).await;
             }
+            let user = self.identify(&request, chain).await?;
+            who.clone_from(&user.name);
+            self.admit(&request, &user, guest).await?;
+            self.dispatch(request, route, user).await
         };
+        let answer = answer.await;
         let mut response = answer.unwrap_or_else(|refused| {
             let log = if who.is_empty() { &self.noise } else { &self.refusals };
             if let Some(suppressed) = log.note(Instant::now()) {
@@ -301,6 +297,7 @@ impl Server {
         let query = request.uri().query().map(str::to_owned);
         let query = query.as_deref();
         let (action, user) = (route.name(), user.name);
+        let attach = matches!(route, Route::Attach(..));
         match route {
             Route::Logs(path, name) => {
                 let asked = logs::LogRequest::parse(query, jiff::Timestamp::now())?;
@@ -310,7 +307,6 @@ impl Server {
             Route::Exec(path, name) | Route::Attach(path, name) => {
                 // In a kubelet's order.
                 remote_command::streams(query)?;
-                let attach = action == "attach";
                 let run = find::run(&self.roster, &path, &name, attach)?;
                 let command = if attach { Vec::new() } else { exec::command(query)? };
                 let negotiated = remote_command::negotiate(request.method(), request.headers(), query)?;
