@@ -9,6 +9,8 @@ use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::sync::mpsc;
 
+use super::containers;
+
 /// Entries that may wait. kubelet's own burst is 100 (kubelet config, eventBurst); a drain of many pods needs more.
 const QUEUE: usize = 512;
 
@@ -99,7 +101,10 @@ impl Events {
             name: pod.metadata.name.clone(),
             uid: pod.metadata.uid.clone(),
             resource_version: None,
-            field_path: container.map(|name| format!("spec.containers{{{name}}}")),
+            field_path: container.map(|name| {
+                let kind = containers::find(pod, name).map_or(containers::Kind::Main, |(kind, _)| kind);
+                format!("spec.{}{{{name}}}", kind.field())
+            }),
         };
         let entry = Entry { about, kind, reason: reason.to_owned(), message: cut(message) };
         if self.queue.try_send(entry).is_err() {

@@ -15,6 +15,7 @@ use rustls::{DigitallySignedStruct, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use super::containers;
 use super::session::{RunHandle, run_to_end};
 
 /// What a failed hook's message quotes of its program's output: as much as a probe's (prober.go, maxProbeMessageLength).
@@ -35,10 +36,10 @@ pub struct Hook {
 }
 
 impl Hook {
-    /// The preStop hook of the container at `index`, where it has one.
+    /// The preStop hook of the container of this name, where it has one.
     #[must_use]
-    pub fn pre_stop(pod: &Pod, index: usize) -> Option<Self> {
-        let container = pod.spec.as_ref()?.containers.get(index)?;
+    pub fn pre_stop(pod: &Pod, container: &str) -> Option<Self> {
+        let (_, container) = containers::find(pod, container)?;
         let handler = container.lifecycle.as_ref()?.pre_stop.clone()?;
         let ports = container.ports.clone().unwrap_or_default();
         Some(Self { handler, ports })

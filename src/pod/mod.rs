@@ -4,6 +4,7 @@ pub mod admission;
 pub mod api;
 pub mod backoff;
 pub mod command_line;
+pub mod containers;
 pub mod context;
 pub mod directory;
 pub mod environment;

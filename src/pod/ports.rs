@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
+use super::containers;
+
 /// What begins the annotation of a forwarded port; its number follows.
 pub const ANNOTATION: &str = "jiriaf.tunnel/";
 
@@ -55,8 +57,7 @@ impl Ports {
 /// The TCP ports that a pod's containers declare; TCP is the default protocol (core/v1).
 #[must_use]
 pub fn declared(pod: &Pod) -> BTreeSet<u16> {
-    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
-    let ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let ports = containers::of(pod).flat_map(|(_, container)| container.ports.clone().unwrap_or_default());
     let tcp = ports.filter(|port| matches!(port.protocol.as_deref(), None | Some("TCP")));
     tcp.filter_map(|port| u16::try_from(port.container_port).ok()).filter(|port| *port != 0).collect()
 }

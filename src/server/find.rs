@@ -9,6 +9,7 @@ use http::{Response, StatusCode};
 use super::body::{Answer, text};
 use super::route::PodPath;
 use super::streams::handshake::Refusal;
+use crate::pod::containers;
 use crate::pod::roster::{PodView, Roster};
 use crate::pod::session::RunHandle;
 
@@ -124,8 +125,7 @@ pub fn run(roster: &Roster, path: &PodPath, container: &str, attach: bool) -> Re
 }
 
 fn has(view: &PodView, container: &str) -> bool {
-    let spec = view.pod.spec.as_ref();
-    spec.is_some_and(|spec| spec.containers.iter().any(|one| one.name == container))
+    containers::find(&view.pod, container).is_some()
 }
 
 /// Names and values of a query, decoded (`application/x-www-form-urlencoded`).

@@ -182,7 +182,7 @@ impl JobRun {
 }
 
 fn add_index(spec: &mut PodSpec, index: u32) {
-    for container in &mut spec.containers {
+    for container in spec.init_containers.iter_mut().flatten().chain(&mut spec.containers) {
         let env = container.env.get_or_insert_default();
         if env.iter().all(|var| var.name != "JOB_COMPLETION_INDEX") {
             let value = Some(index.to_string());

@@ -16,6 +16,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::pod::containers;
+
 /// Longest name of a pod, and longest key of a ConfigMap (DNS subdomain, RFC 1123, as apimachinery's validation has it).
 const SUBDOMAIN: usize = 253;
 
@@ -353,7 +355,7 @@ fn references(spec: &PodSpec) -> Vec<(&'static str, String)> {
             }
         }
     }
-    for container in &spec.containers {
+    for (_, container) in containers::all(spec) {
         for source in container.env_from.iter().flatten() {
             if let Some(map) = &source.config_map_ref {
                 note("ConfigMap", Some(&map.name), map.optional);
@@ -443,14 +445,14 @@ fn check_pod(spec: Option<&PodSpec>, place: &Place) -> Result<(), ManifestError>
         return Err(place.error("there is no container in spec.containers"));
     };
     let mut seen = BTreeSet::new();
-    for container in &spec.containers {
+    for (_, container) in containers::all(spec) {
         if !is_name(&container.name, LABEL) || container.name.contains('.') {
             return Err(place.error(format!(
                 "the container name {:?} is no good: at most {LABEL} of a-z, 0-9 and '-' are wanted",
                 container.name
             )));
         }
-        if !seen.insert(&container.name) {
+        if !seen.insert(container.name.clone()) {
             return Err(place.error(format!("there are two containers {:?}", container.name)));
         }
     }

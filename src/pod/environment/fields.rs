@@ -3,6 +3,7 @@
 //! Sources: kubelet's `podFieldSelectorRuntimeValue` (kubelet_pods.go), `pkg/fieldpath`,
 //! `pkg/api/v1/resource/helpers.go`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -10,6 +11,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, ResourceFieldSelector};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::{ConfigError, Facts};
+use crate::pod::containers;
 use crate::pod::quantity::{self, Amount};
 
 /// The value of a fieldRef. `metadata.labels` and `metadata.annotations` as a whole are meant for files.
@@ -88,13 +90,11 @@ pub fn resource_value(
 ) -> Result<String, ConfigError> {
     let named = selector.container_name.as_deref().filter(|name| !name.is_empty());
     let container = match named {
-        None => container.ok_or_else(|| ConfigError::ContainerNotFound(String::new()))?,
-        Some(name) => pod
-            .spec
-            .iter()
-            .flat_map(|spec| &spec.containers)
-            .find(|container| container.name == name)
-            .ok_or_else(|| ConfigError::ContainerNotFound(name.to_owned()))?,
+        None => container.map(Cow::Borrowed).ok_or_else(|| ConfigError::ContainerNotFound(String::new()))?,
+        Some(name) => {
+            let found = containers::find(pod, name);
+            found.ok_or_else(|| ConfigError::ContainerNotFound(name.to_owned()))?.1
+        }
     };
     let unsupported = || ConfigError::Resource(selector.resource.clone());
     let (side, resource) = selector.resource.split_once('.').ok_or_else(unsupported)?;

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Container, Pod, Volume};
 
+use crate::pod::containers;
+
 /// How long a service account token lives where the projection does not say (the API's default).
 const TOKEN_SECONDS: i64 = 3600;
 
@@ -59,9 +61,9 @@ pub fn references(pod: &Pod) -> References {
     let mut found = References::default();
     let Some(spec) = &pod.spec else { return found };
     let mut mounted = BTreeSet::new();
-    for container in &spec.containers {
-        of_environment(container, &mut found);
-        mounted.extend(container.volume_mounts.iter().flatten().map(|mount| mount.name.as_str()));
+    for (_, container) in containers::all(spec) {
+        of_environment(&container, &mut found);
+        mounted.extend(container.volume_mounts.iter().flatten().map(|mount| mount.name.clone()));
     }
     for volume in spec.volumes.iter().flatten() {
         if mounted.contains(volume.name.as_str()) {

@@ -3,11 +3,12 @@
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 
+use crate::pod::containers;
 use crate::pod::status::{self, ContainerRuntime, Terminated};
 
 /// Whether some container of the pod has a state that only a start gives.
 pub(super) fn was_started(pod: &Pod) -> bool {
-    let statuses = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+    let statuses = status::container_statuses(pod);
     statuses.into_iter().any(|c| {
         c.restart_count > 0
             || c.state.as_ref().is_some_and(|s| s.running.is_some() || s.terminated.is_some())
@@ -17,9 +18,9 @@ pub(super) fn was_started(pod: &Pod) -> bool {
 
 /// Its containers, ended: those that were seen to end as they ended, the others by nobody knows what.
 pub(super) fn containers(pod: &Pod, message: &str) -> Vec<ContainerRuntime> {
-    let names = pod.spec.iter().flat_map(|spec| spec.containers.iter().map(|c| c.name.clone()));
+    let names = containers::of(pod).map(|(_, container)| container.name.clone());
     let known = |name: &str| {
-        let mut all = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+        let mut all = status::container_statuses(pod);
         all.find(|c| c.name == name).cloned().unwrap_or_default()
     };
     names

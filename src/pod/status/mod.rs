@@ -12,7 +12,7 @@ mod phase;
 mod tests;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{HostIP, Pod, PodIP, PodStatus};
+use k8s_openapi::api::core::v1::{ContainerStatus, HostIP, Pod, PodIP, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{Deserialize, Serialize};
 
@@ -184,6 +184,15 @@ pub fn status(input: &StatusInput<'_>) -> PodStatus {
 /// it sends back would show a change.
 fn seconds(at: Timestamp) -> Time {
     Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+}
+
+/// What the API server's copy says of all the pod's containers: init containers, main ones and ephemeral ones.
+pub fn container_statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
+    pod.status.iter().flat_map(|status| {
+        let init = status.init_container_statuses.iter().flatten();
+        let main = status.container_statuses.iter().flatten();
+        init.chain(main).chain(status.ephemeral_container_statuses.iter().flatten())
+    })
 }
 
 /// An empty text is no text.

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
 
+use super::containers;
 use super::environment::{Facts, Objects};
 pub use script::{ImageError, script};
 
@@ -176,11 +177,9 @@ pub fn plan(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Vec<Container
     let volumes: BTreeMap<&str, &Volume> =
         spec.volumes.iter().flatten().map(|volume| (volume.name.as_str(), volume)).collect();
     let mut payloads = BTreeMap::new();
-    let mounted: BTreeSet<&str> = spec
-        .containers
-        .iter()
-        .flat_map(|container| container.volume_mounts.iter().flatten())
-        .map(|mount| mount.name.as_str())
+    let mounted: BTreeSet<String> = containers::all(spec)
+        .flat_map(|(_, container)| container.volume_mounts.clone().unwrap_or_default())
+        .map(|mount| mount.name)
         .collect();
     // In the spec's order, so that the same thing is named first each time.
     for volume in spec.volumes.iter().flatten() {
@@ -189,7 +188,7 @@ pub fn plan(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Vec<Container
             payloads.insert(volume.name.as_str(), content);
         }
     }
-    spec.containers.iter().map(|container| Planner::new(container).plan(&volumes, &payloads)).collect()
+    containers::all(spec).map(|(_, container)| Planner::new(&container).plan(&volumes, &payloads)).collect()
 }
 
 /// What a volume comes to.

@@ -11,6 +11,7 @@ use super::{ANNOUNCE_AFTER, Command, FORCED_GRACE, Stop, Why, Worker, deletion_g
 use crate::container::Event;
 use crate::pilot_metrics::StartedFrom;
 use crate::pod::backoff::{self, Next};
+use crate::pod::containers;
 use crate::pod::events::Kind;
 use crate::pod::status::{self, State, container_id};
 use k8s_openapi::api::core::v1::Pod;
@@ -131,9 +132,8 @@ impl Worker {
         let State::Terminated(end) = record.state.clone() else { return };
         let spec = self.record.pod.spec.as_ref();
         let again = spec.is_some_and(|spec| {
-            spec.containers
-                .get(index)
-                .is_some_and(|container| status::should_restart(spec, container, end.exit_code))
+            let found = containers::find(&self.record.pod, &container.name);
+            found.is_some_and(|(_, container)| status::should_restart(spec, &container, end.exit_code))
         });
         if !again {
             return;
@@ -228,5 +228,5 @@ impl Worker {
 }
 
 fn images(pod: &Pod) -> Vec<Option<String>> {
-    pod.spec.iter().flat_map(|s| s.containers.iter().map(|c| c.image.clone())).collect()
+    containers::of(pod).map(|(_, container)| container.image.clone()).collect()
 }

@@ -21,6 +21,7 @@ use self::prepare::{Attempt, PrepareError};
 use self::run::{Order, Told};
 use self::state::waiting;
 use super::backoff::BackOff;
+use super::containers;
 use super::context::Context;
 use super::events::Kind;
 use super::outcome::Outcome;
@@ -163,11 +164,8 @@ impl Worker {
     ) -> Self {
         let (told_tx, told) = mpsc::channel(TOLD);
         let publisher = Publisher::spawn(context.api.clone(), record.pod.clone(), context.draining.clone());
-        let spec = record.pod.spec.clone().unwrap_or_default();
-        let containers: Vec<Container> = spec
-            .containers
-            .iter()
-            .map(|c| Container {
+        let containers: Vec<Container> = containers::of(&record.pod)
+            .map(|(_, c)| Container {
                 name: c.name.clone(),
                 run: None,
                 handle: None,

@@ -1,5 +1,6 @@
 //! What a pod needs before its containers can start: its objects, its directory, its volumes, its scripts.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,7 @@ use crate::container::{ContainerSpec, LogLimits, Stdio};
 use crate::files;
 use crate::pod::api::{Api, ApiError, Token, TokenWish};
 use crate::pod::command_line::argv;
+use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
@@ -29,8 +31,8 @@ pub struct Prepared {
     /// What the environment and the volumes are made of.
     objects: Objects,
     facts: Facts,
-    /// Each container's script, in the spec's order.
-    scripts: Vec<Result<PathBuf, ImageError>>,
+    /// The containers' scripts, by their names.
+    scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
     /// What was left out, for an event.
     pub notes: Vec<String>,
 }
@@ -167,13 +169,12 @@ async fn fill(
         allocatable: context.allocatable.clone(),
     };
     let mut plans = volumes::plan(pod, &objects, &facts)?;
-    let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
-    let scripts = containers
-        .iter()
+    let scripts = containers::of(pod)
         .zip(&mut plans)
-        .map(|(container, plan)| {
-            let place = volumes::script(container, plan)?;
-            Ok(absolute(&place, &directory, &container.name, &context.places.home))
+        .map(|((_, container), plan)| {
+            let place = volumes::script(&container, plan);
+            let absolute = |place| absolute(&place, &directory, &container.name, &context.places.home);
+            (container.name.clone(), place.map(absolute))
         })
         .collect();
     let home = context.places.home.clone();
@@ -392,14 +393,15 @@ fn root_for<'a>(
 pub fn spec(
     context: &Context,
     pod: &Pod,
-    index: usize,
+    name: &str,
     restart: u32,
     prepared: &Prepared,
 ) -> Result<(ContainerSpec, Vec<Skipped>), SpecError> {
-    let containers = pod.spec.as_ref().map(|spec| spec.containers.as_slice()).unwrap_or_default();
-    let (Some(container), Some(script)) = (containers.get(index), prepared.scripts.get(index)) else {
-        return Err(ConfigError::ContainerNotFound(index.to_string()).into());
+    let (Some((_, container)), Some(script)) = (containers::find(pod, name), prepared.scripts.get(name))
+    else {
+        return Err(ConfigError::ContainerNotFound(name.to_owned()).into());
     };
+    let container = container.as_ref();
     let script = script.clone()?;
     let own = container_dir(&prepared.directory, &container.name);
     let drain = *context.drain.borrow();

@@ -162,7 +162,7 @@ impl Worker {
     fn start(&mut self, index: usize, prepared: &Prepared) {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
-        let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, index, restart, prepared) {
+        let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, &name, restart, prepared) {
             Ok(made) => made,
             Err(error) => {
                 self.ready[index] = None;
@@ -209,7 +209,7 @@ impl Worker {
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
         let pod = self.record.pod.clone();
         let told = self.told_tx.clone();
-        let pre_stop = Hook::pre_stop(&pod, index);
+        let pre_stop = Hook::pre_stop(&pod, &name);
         let of = run::Of { index, restart, pod, container: name, pre_stop };
         let (orders, handle) = run::follow(Arc::clone(&self.context), supervisor, of, spec, told);
         let container = &mut self.containers[index];
