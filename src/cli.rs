@@ -14,8 +14,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use self::values::Taint;
 use self::values::{
-    parse_address, parse_annotation, parse_drain, parse_duration, parse_kill_wait, parse_label, parse_lead,
-    parse_namespace, parse_taint, parse_variable,
+    parse_address, parse_annotation, parse_back_off, parse_drain, parse_duration, parse_kill_wait,
+    parse_label, parse_lead, parse_namespace, parse_taint, parse_variable,
 };
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
@@ -145,6 +145,10 @@ pub struct PodArgs {
     /// What is replaced in args and env values.
     #[arg(long, env = "JIRIAF_EXPAND", value_enum, default_value = "jiriaf")]
     pub expand: ExpandArg,
+    /// The longest wait before a container that keeps failing starts again, 1 s to 5 min (a kubelet's
+    /// crashLoopBackOff.maxContainerRestartPeriod).
+    #[arg(long, env = "JIRIAF_CRASH_LOOP_BACK_OFF_MAX", value_parser = parse_back_off, default_value = "5m", value_name = "DURATION")]
+    pub crash_loop_back_off_max: Duration,
 }
 
 /// Settings of `play`.

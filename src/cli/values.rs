@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::drain;
 use crate::node::labels::{LabelError, check_key, check_label, check_namespace};
+use crate::pod::backoff;
 
 /// A taint as written on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +74,15 @@ pub(super) fn parse_lead(text: &str) -> Result<Duration, String> {
 pub(super) fn parse_kill_wait(text: &str) -> Result<Duration, String> {
     let why = "containers are to end within it, and to be reported";
     at_least(text, drain::LEAST_KILL_WAIT, why)
+}
+
+/// kubelet's own bounds (apis/config/validation, maxContainerRestartPeriod).
+pub(super) fn parse_back_off(text: &str) -> Result<Duration, String> {
+    let value = parse_duration(text)?;
+    if value < Duration::from_secs(1) || value > backoff::LONGEST {
+        return Err("from 1 s to 5 min are wanted, as of a kubelet".to_owned());
+    }
+    Ok(value)
 }
 
 fn at_least(text: &str, least: Duration, why: &str) -> Result<Duration, String> {
@@ -164,6 +174,8 @@ mod tests {
             }
         }
         assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
+        assert_eq!([parse_back_off("1"), parse_back_off("5m")], [1, 300].map(|s| Ok(Duration::from_secs(s))));
+        assert!(parse_back_off("0").is_err() && parse_back_off("301").is_err());
     }
 
     #[test]

@@ -77,6 +77,9 @@ pub struct ContainerSpec {
     /// How many descriptors a process may have, where that is not what the pilot has (the soft RLIMIT_NOFILE).
     #[serde(default)]
     pub open_files: Option<u64>,
+    /// What asks it to end, where that is not SIGTERM (signal(7)).
+    #[serde(default)]
+    pub stop_signal: Option<i32>,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -349,6 +352,7 @@ mod tests {
             session: Session::Own,
             oom_score_adj: None,
             open_files: None,
+            stop_signal: None,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

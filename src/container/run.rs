@@ -111,6 +111,7 @@ pub(super) struct Running {
     pub(super) forward: bool,
     pub(super) orphan_timeout: Duration,
     pub(super) grace: Duration,
+    stop_signal: Signal,
     /// Our end of the program's standard input, where it has one.
     pub(super) stdin: Option<File>,
     /// Whether that ends with the first client that ends it.
@@ -162,6 +163,7 @@ impl Running {
             forward: spec.forward_output,
             orphan_timeout: spec.orphan_timeout,
             grace: spec.grace,
+            stop_signal: spec.stop_signal.and_then(|n| Signal::try_from(n).ok()).unwrap_or(Signal::SIGTERM),
             stdin: ends.input,
             terminal: ends.terminal,
             stdin_once: ends.once,
@@ -209,7 +211,7 @@ impl Running {
 
     fn send_term(&self) {
         let group = Pid::from_raw(self.pid);
-        let _ = killpg(group, Signal::SIGTERM);
+        let _ = killpg(group, self.stop_signal);
         // What is stopped (by reading a terminal, or by job control) acts on its SIGTERM when it goes on.
         let all = process::descendants(nix::unistd::getpid().as_raw());
         if all.iter().any(|pid| process::stat(*pid).is_some_and(|stat| stat.state == 'T')) {

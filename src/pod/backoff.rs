@@ -1,5 +1,5 @@
 //! The crash loop's back-off of one container, as a kubelet counts it: 10 s, twice as long each time, at
-//! most 300 s; forgotten when the container ran for twice that.
+//! most 300 s or what the pilot was told; forgotten when the container ran for 600 s.
 //!
 //! Sources: `pkg/kubelet/kubelet.go` (the numbers), `client-go/util/flowcontrol/backoff.go` (the counting),
 //! `kuberuntime_manager.go` `doBackOff` (what is counted from where).
@@ -12,11 +12,14 @@ use jiff::Timestamp;
 pub const FIRST: Duration = Duration::from_secs(10);
 /// The longest wait (kubelet.go: 300 s unless configured otherwise).
 pub const LONGEST: Duration = Duration::from_secs(300);
+/// A run that was longer is no crash (kubelet.go: `crashLoopBackOff.HasExpiredFunc`, whatever the longest wait).
+const STEADY: Duration = Duration::from_secs(600);
 
 /// How one container of one pod has fared.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackOff {
     last: Option<Step>,
+    longest: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,18 +44,24 @@ pub enum Next {
 }
 
 impl BackOff {
+    /// One that never waits longer than `longest`: the first wait is cut to it too (kubelet.go, `newCrashLoopBackOff`).
+    #[must_use]
+    pub fn new(longest: Duration) -> Self {
+        Self { last: None, longest }
+    }
+
     /// Decides, for a container that ended at `finished_at` and is to run again. Ask once for each start: an
     /// answer of [`Next::Start`] counts as one.
     pub fn next(&mut self, finished_at: Timestamp, now: Timestamp) -> Next {
-        let live = self.last.as_ref().filter(|step| since(step.set, finished_at) <= 2 * LONGEST);
+        let live = self.last.as_ref().filter(|step| since(step.set, finished_at) <= STEADY);
         let wait = match live {
-            None => FIRST,
+            None => FIRST.min(self.longest),
             Some(step) => {
                 let until = finished_at.saturating_add(step.wait).unwrap_or(Timestamp::MAX);
                 if now < until {
                     return Next::Wait { wait: step.wait, until };
                 }
-                (step.wait * 2).min(LONGEST)
+                (step.wait * 2).min(self.longest)
             }
         };
         self.last = Some(Step { wait, set: now });
@@ -93,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_container_that_keeps_failing_waits_ever_longer() {
-        let mut back_off = BackOff::default();
+        let mut back_off = BackOff::new(LONGEST);
         let mut now = 1_000;
         assert_eq!(back_off.next(at(now), at(now)), Next::Start, "the first restart is at once");
         for wait in [10, 20, 40, 80, 160, 300, 300] {
@@ -106,8 +115,19 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_wait_may_be_cut() {
+        let mut back_off = BackOff::new(Duration::from_secs(3));
+        assert_eq!(back_off.next(at(0), at(0)), Next::Start);
+        for now in [0, 3, 6] {
+            let wanted = Next::Wait { wait: Duration::from_secs(3), until: at(now + 3) };
+            assert_eq!(back_off.next(at(now), at(now)), wanted);
+            assert_eq!(back_off.next(at(now), at(now + 3)), Next::Start);
+        }
+    }
+
+    #[test]
     fn the_time_it_ran_counts_towards_the_wait_only_from_its_end() {
-        let mut back_off = BackOff::default();
+        let mut back_off = BackOff::new(LONGEST);
         back_off.next(at(0), at(0));
         // Ran 100 s: the wait still begins at its end.
         assert_eq!(
@@ -118,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_long_run_forgets_the_failures() {
-        let mut back_off = BackOff::default();
+        let mut back_off = BackOff::new(LONGEST);
         back_off.next(at(0), at(0));
         back_off.next(at(0), at(10));
         let mut stable = back_off.clone();

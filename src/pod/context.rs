@@ -154,6 +154,8 @@ pub struct Policy {
     pub hold_end: Duration,
     /// The limit of open files that containers get back, where the pilot raised its own.
     pub open_files: Option<u64>,
+    /// The longest wait of a crash loop.
+    pub back_off_max: Duration,
 }
 
 impl Places {

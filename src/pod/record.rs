@@ -51,12 +51,26 @@ pub struct ContainerRecord {
     pub last: Option<Terminated>,
     /// Lines of this run's output that could not be written.
     pub log_lines_lost: u64,
+    /// Whether this run has started: its startup probe has succeeded, where it has one.
+    #[serde(default)]
+    pub started: bool,
+    /// Whether this run is ready: its readiness probe succeeds, where it has one.
+    #[serde(default)]
+    pub ready: bool,
 }
 
 impl Default for ContainerRecord {
     fn default() -> Self {
         let state = State::Waiting { reason: "ContainerCreating".to_owned(), message: String::new() };
-        Self { restart: 0, launched: false, state, last: None, log_lines_lost: 0 }
+        Self {
+            restart: 0,
+            launched: false,
+            state,
+            last: None,
+            log_lines_lost: 0,
+            started: false,
+            ready: false,
+        }
     }
 }
 

@@ -42,9 +42,11 @@ fn pods_that_do_not_fit_the_node_fail_with_kubelets_reasons() {
     assert!(pod["status"]["message"].as_str().unwrap().contains("requested: 1000000"), "{:#}", pod["status"]);
 
     // What it has no way to run it says by name.
-    let init = json!({"initContainers": [container("first", "work")]});
-    let pod = refused(&namespace, &pilot, "init", init);
-    assert!(pod["status"]["message"].as_str().unwrap().contains("initContainers"), "{:#}", pod["status"]);
+    let mut raw = container("c1", "work");
+    raw["volumeDevices"] = json!([{"name": "disk", "devicePath": "/dev/x"}]);
+    let disk = json!([{"name": "work", "configMap": {"name": "work"}}, {"name": "disk", "persistentVolumeClaim": {"claimName": "none"}}]);
+    let pod = refused(&namespace, &pilot, "raw", json!({"containers": [raw], "volumes": disk}));
+    assert!(pod["status"]["message"].as_str().unwrap().contains("volumeDevices"), "{:#}", pod["status"]);
     // It takes what fits, as before.
     namespace.script_on(&pilot, "fits", "exit 0\n");
     namespace.wait_phase("fits", "Succeeded", seconds(30));

@@ -143,7 +143,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         // Nobody starts `play` again, so its containers end with it.
         roster: Arc::default(),
         metrics: crate::pilot_metrics::PilotMetrics::new(),
-        policy: Policy { orphan_timeout: Duration::ZERO, ..policy(found.batch) },
+        policy: Policy { orphan_timeout: Duration::ZERO, ..policy(args, found.batch) },
         ports: None,
         output: Some(output_tx),
     });

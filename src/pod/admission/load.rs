@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec, ResourceRequirements};
 
+use crate::pod::containers::{self, Kind};
 use crate::pod::quantity::{self, Amount, QuantityError};
 
 /// The resources that a pod takes, by their names.
@@ -77,25 +78,34 @@ fn ports(spec: &PodSpec) -> impl Iterator<Item = HostPort> {
     })
 }
 
-/// What a pod requests (component-helpers `PodRequests`): the sum over its containers, or the most that one
-/// init container wants where that is more; its own `resources` go before; `overhead` comes on top. A limit
-/// without a request is a request.
+/// What a pod requests (component-helpers `PodRequests`): the sum over its containers and sidecars, or the most that one
+/// init container wants beside the sidecars that have started before it, where that is more; its own `resources` go before;
+/// `overhead` comes on top. A limit without a request is a request.
 ///
 /// # Errors
 /// When a quantity cannot be read.
 pub fn requests(spec: &PodSpec) -> Result<Requests, QuantityError> {
-    let mut sum = Requests::new();
-    for container in &spec.containers {
+    let (mut sum, mut most) = (Requests::new(), Requests::new());
+    for (kind, container) in containers::all(spec) {
         for (resource, amount) in of(container.resources.as_ref())? {
-            let total = sum.entry(resource).or_default();
-            *total = total.plus(amount);
+            match kind {
+                Kind::Init => {
+                    let beside = sum.get(&resource).copied().unwrap_or_default().plus(amount);
+                    let most = most.entry(resource).or_default();
+                    *most = beside.max(*most);
+                }
+                Kind::Sidecar | Kind::Main => {
+                    let total = sum.entry(resource).or_default();
+                    *total = total.plus(amount);
+                }
+                // They take what is left over (core/v1 validation: no resources).
+                Kind::Ephemeral => {}
+            }
         }
     }
-    for container in spec.init_containers.iter().flatten() {
-        for (resource, amount) in of(container.resources.as_ref())? {
-            let most = sum.entry(resource).or_default();
-            *most = amount.max(*most);
-        }
+    for (resource, amount) in most {
+        let total = sum.entry(resource).or_default();
+        *total = amount.max(*total);
     }
     sum.extend(of(spec.resources.as_ref())?);
     for (resource, quantity) in spec.overhead.iter().flatten() {

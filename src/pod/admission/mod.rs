@@ -10,11 +10,12 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec, Taint, Toleration};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Taint, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 pub use load::Load;
 
+use super::containers;
 use super::quantity::{self, Amount};
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
 
@@ -111,14 +112,16 @@ fn supported(spec: &PodSpec) -> Result<(), Rejection> {
     {
         return rejected("PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS");
     }
-    let field = if spec.init_containers.as_ref().is_some_and(|containers| !containers.is_empty()) {
-        "spec.initContainers"
+    let restarts_all = |container: &Container| {
+        let rules = container.restart_policy_rules.iter().flatten();
+        rules.into_iter().any(|rule| rule.action == "RestartAllContainers")
+    };
+    let field = if containers::all(spec).any(|(_, container)| restarts_all(&container)) {
+        "restartPolicyRules[].action RestartAllContainers"
     } else if spec.resource_claims.as_ref().is_some_and(|claims| !claims.is_empty()) {
         "spec.resourceClaims"
-    } else if spec
-        .containers
-        .iter()
-        .any(|container| container.volume_devices.as_ref().is_some_and(|devices| !devices.is_empty()))
+    } else if containers::all(spec)
+        .any(|(_, container)| container.volume_devices.as_ref().is_some_and(|devices| !devices.is_empty()))
     {
         "spec.containers[].volumeDevices"
     } else {

@@ -129,6 +129,17 @@ fn requests_are_summed_and_limits_stand_in() {
     let got = load::requests(&spec).unwrap();
     assert_eq!(got["cpu"].millis(), 310);
     assert_eq!(got["memory"].units(), 3 << 20);
+    // A sidecar runs beside the main containers, and beside the init containers after it.
+    let cpu = |cpu: &str, policy: Option<&str>| json!({"name": cpu, "restartPolicy": policy, "resources": {"requests": {"cpu": cpu}}});
+    for (init, wanted) in [
+        (vec![cpu("100m", Some("Always"))], 150),
+        (vec![cpu("100m", Some("Always")), cpu("70m", None)], 170),
+        (vec![cpu("70m", None), cpu("100m", Some("Always"))], 150),
+        (vec![cpu("300m", None), cpu("100m", Some("Always"))], 300),
+    ] {
+        let spec = pod(json!({"initContainers": init, "containers": [cpu("50m", None)]})).spec.unwrap();
+        assert_eq!(load::requests(&spec).unwrap()["cpu"].millis(), wanted, "{init:?}");
+    }
 }
 
 #[test]
@@ -257,7 +268,11 @@ fn namespaces_shutdown_and_unsupported_fields() {
 
     for (spec, reason) in [
         (json!({"os": {"name": "windows"}}), "PodOSNotSupported"),
-        (json!({"initContainers": [{"name": "i"}]}), "UnsupportedPodSpec"),
+        (
+            json!({"containers": [{"name": "c", "restartPolicy": "Never", "restartPolicyRules": [
+                {"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]}]}),
+            "UnsupportedPodSpec",
+        ),
         (json!({"resourceClaims": [{"name": "i"}]}), "UnsupportedPodSpec"),
     ] {
         let got = admit(&pod(spec.clone()), &node(), &Load::default()).unwrap_err();

@@ -68,6 +68,7 @@ fn case() -> Case {
             orphan_timeout: Duration::ZERO,
             hold_end: Duration::ZERO,
             open_files: None,
+            back_off_max: crate::pod::backoff::LONGEST,
         },
         ports: None,
         output: None,

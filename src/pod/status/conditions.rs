@@ -1,9 +1,11 @@
 //! The conditions of a pod: the node's own five, DisruptionTarget, and those of others, which stay.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, PodCondition};
 
+use super::containers::Statuses;
 use super::phase::Outcome;
 use super::{Phase, StatusInput, seconds};
+use crate::pod::containers::{self, Kind};
 
 /// The conditions that the node writes (kubelet's `PodConditionsByKubelet`).
 pub(super) const OURS: [&str; 5] =
@@ -27,7 +29,7 @@ impl Verdict {
 /// All conditions, those of others first (as they are in the API server's copy), then ours in kubelet's order.
 pub(super) fn conditions(
     input: &StatusInput<'_>,
-    statuses: &[ContainerStatus],
+    statuses: &Statuses,
     outcome: &Outcome,
 ) -> Vec<PodCondition> {
     let api = input.pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
@@ -44,10 +46,7 @@ pub(super) fn conditions(
 
     let containers = containers_ready(input, statuses, outcome.phase);
     let ready = ready(input, &all, containers_ready(input, statuses, outcome.phase));
-    let initialized = Verdict {
-        reason: (outcome.phase == Phase::Succeeded).then_some("PodCompleted"),
-        ..Verdict::of(true)
-    };
+    let initialized = initialized(input, statuses, outcome.phase);
     // A pod that is over has nothing to start containers in (kubelet: its sandbox is gone).
     let can_start = input.directory_ready && !outcome.phase.is_terminal();
     let verdicts = [Verdict::of(can_start), initialized, ready, containers, Verdict::of(true)];
@@ -98,29 +97,56 @@ fn disruption(
     Some(new)
 }
 
-fn containers_ready(input: &StatusInput<'_>, statuses: &[ContainerStatus], phase: Phase) -> Verdict {
+/// `GeneratePodInitializedCondition`: every container has a status here, so none is unknown.
+fn initialized(input: &StatusInput<'_>, statuses: &Statuses, phase: Phase) -> Verdict {
+    if phase == Phase::Succeeded {
+        return Verdict { reason: Some("PodCompleted"), ..Verdict::of(true) };
+    }
+    let began = |status: &ContainerStatus| {
+        let state = |state: &Option<ContainerState>| {
+            state.as_ref().is_some_and(|state| state.running.is_some() || state.terminated.is_some())
+        };
+        state(&status.state) || state(&status.last_state)
+    };
+    // Once a main container has started, a sidecar that starts again takes nothing back.
+    if statuses.main.iter().any(began) {
+        return Verdict::of(true);
+    }
+    let incomplete = names(input, |kind, name| {
+        let done = |status: &ContainerStatus| match kind {
+            Kind::Sidecar => status.started == Some(true),
+            _ => status.ready,
+        };
+        matches!(kind, Kind::Init | Kind::Sidecar) && !statuses.find(name).is_some_and(done)
+    });
+    unless_none("ContainersNotInitialized", "containers with incomplete status", &incomplete)
+}
+
+fn containers_ready(input: &StatusInput<'_>, statuses: &Statuses, phase: Phase) -> Verdict {
     match phase {
         Phase::Succeeded => return Verdict { reason: Some("PodCompleted"), ..Verdict::of(false) },
         Phase::Failed => return Verdict { reason: Some("PodFailed"), ..Verdict::of(false) },
         Phase::Pending | Phase::Running => {}
     }
-    // In the spec's order, which is how kubelet names them.
-    let unready: Vec<&str> = input
-        .pod
-        .spec
-        .iter()
-        .flat_map(|spec| &spec.containers)
-        .map(|container| container.name.as_str())
-        .filter(|name| !statuses.iter().any(|status| status.name == *name && status.ready))
-        .collect();
-    if unready.is_empty() {
+    let unready = names(input, |kind, name| {
+        matches!(kind, Kind::Sidecar | Kind::Main) && !statuses.find(name).is_some_and(|status| status.ready)
+    });
+    unless_none("ContainersNotReady", "containers with unready status", &unready)
+}
+
+/// The names of the containers of which `wanted` holds, in the spec's order, which is how kubelet names them.
+fn names(input: &StatusInput<'_>, wanted: impl Fn(Kind, &str) -> bool) -> Vec<String> {
+    containers::of(input.pod)
+        .filter(|(kind, container)| wanted(*kind, &container.name))
+        .map(|(_, container)| container.name.clone())
+        .collect()
+}
+
+fn unless_none(reason: &'static str, what: &str, names: &[String]) -> Verdict {
+    if names.is_empty() {
         return Verdict::of(true);
     }
-    Verdict {
-        holds: false,
-        reason: Some("ContainersNotReady"),
-        message: Some(format!("containers with unready status: [{}]", unready.join(" "))),
-    }
+    Verdict { holds: false, reason: Some(reason), message: Some(format!("{what}: [{}]", names.join(" "))) }
 }
 
 fn ready(input: &StatusInput<'_>, all: &[PodCondition], containers: Verdict) -> Verdict {

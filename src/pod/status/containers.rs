@@ -8,40 +8,91 @@ use k8s_openapi::api::core::v1::{
 };
 
 use super::{ContainerRuntime, Ending, State, StatusInput, Terminated, seconds, some};
+use crate::pod::containers::{self, Kind};
 
 /// All containers' termination messages together (kubelet's `MaxPodTerminationMessageLogLength`).
 const MESSAGE_BYTES: usize = 12 * 1024;
 /// The exit code of a container of which nothing is known (kubelet's `TerminatePod`).
 const UNKNOWN_EXIT_CODE: i32 = 137;
 
-/// One status for each container of the spec, sorted by name.
-pub(super) fn statuses(input: &StatusInput<'_>) -> Vec<ContainerStatus> {
-    let containers = input.pod.spec.as_ref().map_or(&[][..], |spec| &spec.containers);
-    let limit = MESSAGE_BYTES / containers.len().max(1);
+/// The statuses of a pod's containers, by the lists of its spec.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Statuses {
+    /// In the spec's order (kubelet's `SortInitContainerStatuses`).
+    pub(super) init: Vec<ContainerStatus>,
+    /// Sorted by name.
+    pub(super) main: Vec<ContainerStatus>,
+    /// Sorted by name.
+    pub(super) ephemeral: Vec<ContainerStatus>,
+}
+
+impl Statuses {
+    /// Those that the pod's phase and conditions go by.
+    pub(super) fn find(&self, name: &str) -> Option<&ContainerStatus> {
+        self.init.iter().chain(&self.main).find(|status| status.name == name)
+    }
+
+    /// Whether one of all containers runs.
+    pub(super) fn someone_runs(&self) -> bool {
+        let running = |status: &ContainerStatus| status.state.as_ref().is_some_and(|s| s.running.is_some());
+        self.init.iter().chain(&self.main).chain(&self.ephemeral).any(running)
+    }
+}
+
+/// One status for each container of the spec.
+pub(super) fn statuses(input: &StatusInput<'_>) -> Statuses {
+    let mut all = Statuses::default();
+    let count = containers::of(input.pod).count();
+    let limit = MESSAGE_BYTES / count.max(1);
     let known: BTreeMap<&str, &ContainerRuntime> =
         input.containers.iter().map(|container| (container.name.as_str(), container)).collect();
+    for (kind, container) in containers::of(input.pod) {
+        let status = one(kind, &container, known.get(container.name.as_str()).copied(), limit);
+        match kind {
+            Kind::Init | Kind::Sidecar => all.init.push(status),
+            Kind::Main => all.main.push(status),
+            Kind::Ephemeral => all.ephemeral.push(status),
+        }
+    }
     let ends = input.ending.is_some_and(|ending| !matches!(ending, Ending::Rejected { .. }));
-    let someone_runs =
-        input.containers.iter().any(|container| matches!(container.state, State::Running { .. }));
-    let mut all: Vec<ContainerStatus> = containers
-        .iter()
-        .map(|container| {
-            let mut status = one(container, known.get(container.name.as_str()).copied(), limit);
-            if ends && !someone_runs {
-                close(&mut status);
-            }
-            status
-        })
-        .collect();
-    all.sort_by(|a, b| a.name.cmp(&b.name));
+    if ends && !all.someone_runs() {
+        close_all(&mut all);
+    }
+    all.main.sort_by(|a, b| a.name.cmp(&b.name));
+    all.ephemeral.sort_by(|a, b| a.name.cmp(&b.name));
     all
 }
 
-fn one(container: &Container, runtime: Option<&ContainerRuntime>, limit: usize) -> ContainerStatus {
+/// A pod that is over has no containers of which nobody knows what became: but what never came to its turn stays waiting
+/// (kubelet's `TerminatePod`, `hasPodInitialized`, `initializedContainers`).
+fn close_all(all: &mut Statuses) {
+    let began = |status: &ContainerStatus| {
+        let terminated =
+            |state: &Option<ContainerState>| state.as_ref().is_some_and(|s| s.terminated.is_some());
+        terminated(&status.state) || terminated(&status.last_state) || status.restart_count > 0
+    };
+    let main_began = all.main.iter().any(began);
+    // Where nothing stood before them, main containers had their turn.
+    if all.init.is_empty() || main_began {
+        all.main.iter_mut().for_each(close);
+    }
+    let reached =
+        if main_began { all.init.len() } else { all.init.iter().rposition(began).map_or(0, |at| at + 1) };
+    all.init.iter_mut().take(reached).for_each(close);
+    all.ephemeral.iter_mut().for_each(close);
+}
+
+fn one(
+    kind: Kind,
+    container: &Container,
+    runtime: Option<&ContainerRuntime>,
+    limit: usize,
+) -> ContainerStatus {
     let mut status = ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
-        started: Some(false),
+        // Of ephemeral containers nobody says whether they have started: nothing waits for them.
+        started: (kind != Kind::Ephemeral).then_some(false),
         // The API server answers `{}` where there is none; anything else would look like a change.
         last_state: Some(ContainerState::default()),
         ..ContainerStatus::default()
@@ -62,13 +113,16 @@ fn one(container: &Container, runtime: Option<&ContainerRuntime>, limit: usize) 
         }
         State::Running { started_at, id } => {
             status.container_id = some(id);
-            // Without probes a container is ready while it runs.
-            status.ready = true;
-            status.started = Some(true);
+            if kind != Kind::Ephemeral {
+                status.started = Some(runtime.started);
+                // An init container is ready by its end (kubelet's `UpdatePodStatus`).
+                status.ready = kind != Kind::Init && runtime.started && runtime.ready;
+            }
             let running = ContainerStateRunning { started_at: Some(seconds(*started_at)) };
             status.state = Some(ContainerState { running: Some(running), ..ContainerState::default() });
         }
         State::Terminated(end) => {
+            status.ready = kind == Kind::Init && end.exit_code == 0;
             status.container_id = some(&end.id);
             status.state = Some(terminated(end, limit));
         }

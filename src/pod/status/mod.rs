@@ -97,6 +97,10 @@ pub struct ContainerRuntime {
     pub restart_count: u32,
     /// The path of its script; empty while unknown.
     pub image_id: String,
+    /// Whether it has started, once it runs: its startup probe has succeeded, where it has one.
+    pub started: bool,
+    /// Whether its readiness probe succeeds, where it has one; counts while it runs and has started.
+    pub ready: bool,
 }
 
 /// What a container does now.
@@ -158,9 +162,16 @@ pub fn status(input: &StatusInput<'_>) -> PodStatus {
     // Nothing of a pod that was rejected ever was; of one that is long over nothing may be known any more.
     let rejected = matches!(input.ending, Some(Ending::Rejected { .. }));
     if outcome.was_final && input.containers.is_empty() {
-        new.container_statuses = input.previous.container_statuses.clone().or(new.container_statuses);
+        let before = input.previous;
+        new.container_statuses = before.container_statuses.clone().or(new.container_statuses);
+        new.init_container_statuses = before.init_container_statuses.clone().or(new.init_container_statuses);
+        let ephemeral = before.ephemeral_container_statuses.clone();
+        new.ephemeral_container_statuses = ephemeral.or(new.ephemeral_container_statuses);
     } else if !rejected {
-        new.container_statuses = Some(statuses);
+        let some = |list: Vec<ContainerStatus>| (!list.is_empty()).then_some(list);
+        new.container_statuses = Some(statuses.main);
+        new.init_container_statuses = some(statuses.init);
+        new.ephemeral_container_statuses = some(statuses.ephemeral);
     }
     new.phase = Some(outcome.phase.as_str().to_owned());
     new.reason = outcome.reason;

@@ -23,6 +23,10 @@ pub fn patch(old: &PodStatus, new: &PodStatus, uid: &str) -> Option<Value> {
     field(&mut body, "podIP", old.pod_ip.as_ref(), new.pod_ip.as_ref());
     field(&mut body, "startTime", old.start_time.as_ref(), new.start_time.as_ref());
     field(&mut body, "containerStatuses", old.container_statuses.as_ref(), new.container_statuses.as_ref());
+    let (old_init, new_init) = (&old.init_container_statuses, &new.init_container_statuses);
+    field(&mut body, "initContainerStatuses", old_init.as_ref(), new_init.as_ref());
+    let (old_debug, new_debug) = (&old.ephemeral_container_statuses, &new.ephemeral_container_statuses);
+    field(&mut body, "ephemeralContainerStatuses", old_debug.as_ref(), new_debug.as_ref());
     list(&mut body, "hostIPs", old.host_ips.as_deref(), new.host_ips.as_deref());
     list(&mut body, "podIPs", old.pod_ips.as_deref(), new.pod_ips.as_deref());
     conditions(&mut body, old, new);

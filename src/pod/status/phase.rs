@@ -1,11 +1,13 @@
 //! The phase of a pod, with its reason and message.
 
-use k8s_openapi::api::core::v1::{Container, ContainerStatus, PodSpec};
+use k8s_openapi::api::core::v1::{Container, ContainerState, ContainerStatus, PodSpec};
 
+use super::containers::Statuses;
 use super::{
     Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput, TERMINATED, TERMINATED_MESSAGE,
     TERMINATION_BY_KUBELET,
 };
+use crate::pod::containers::{self, Kind};
 
 /// Where a pod is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,7 +98,7 @@ pub(super) struct Outcome {
 }
 
 /// What becomes of the pod, by its containers and by what was decided over it.
-pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> Outcome {
+pub(super) fn outcome(input: &StatusInput<'_>, statuses: &Statuses) -> Outcome {
     let api = input.pod.status.as_ref();
     let previous = [Some(input.previous), api]
         .into_iter()
@@ -115,9 +117,16 @@ pub(super) fn outcome(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> 
         };
     }
 
-    let by_containers = by_containers(input, statuses);
+    let someone_runs = statuses.someone_runs();
+    let by_containers = match by_containers(input, statuses) {
+        // A terminal phase says that nothing runs any more: a sidecar may outlive the others for a moment
+        // (status_manager.go, `updateStatusInternal`).
+        phase if phase.is_terminal() && someone_runs => before,
+        // A pod that was deleted before its turn came has no other end (status_manager.go, `TerminatePod`).
+        Phase::Pending if !someone_runs && matches!(input.ending, Some(Ending::Deleted)) => Phase::Failed,
+        phase => phase,
+    };
     let decided = input.ending.and_then(decision);
-    let someone_runs = statuses.iter().any(runs);
     let (phase, reason, message, disruption) = match decided {
         // Its end is on its way; it is not over while something of it runs.
         Some(_) if someone_runs => (by_containers, None, None, None),
@@ -159,39 +168,76 @@ fn decision(ending: &Ending) -> Option<Decision> {
     }
 }
 
-fn runs(status: &ContainerStatus) -> bool {
-    status.state.as_ref().is_some_and(|state| state.running.is_some())
+/// What of a container's status counts for the phase.
+enum Stands {
+    /// It runs; whether it has started.
+    Runs { started: bool },
+    /// It has ended, or waits to run again: how it ended last.
+    Ended { exit_code: i32, waits: bool },
+    /// It has not run yet.
+    Waits,
 }
 
-/// kubelet's `getPhase`, for pods without init containers.
-fn by_containers(input: &StatusInput<'_>, statuses: &[ContainerStatus]) -> Phase {
+fn stands(status: Option<&ContainerStatus>) -> Stands {
+    let Some(status) = status else { return Stands::Waits };
+    let end = |state: &Option<ContainerState>| {
+        state.as_ref().and_then(|state| state.terminated.as_ref()).map(|end| end.exit_code)
+    };
+    if status.state.as_ref().is_some_and(|state| state.running.is_some()) {
+        Stands::Runs { started: status.started == Some(true) }
+    } else if let Some(exit_code) = end(&status.state) {
+        Stands::Ended { exit_code, waits: false }
+    } else if let Some(exit_code) = end(&status.last_state) {
+        Stands::Ended { exit_code, waits: true }
+    } else {
+        Stands::Waits
+    }
+}
+
+/// kubelet's `getPhase`.
+fn by_containers(input: &StatusInput<'_>, statuses: &Statuses) -> Phase {
     let Some(spec) = &input.pod.spec else { return Phase::Pending };
-    let (mut waiting, mut running, mut stopped, mut final_ones, mut succeeded) = (0, 0, 0, 0, 0);
-    for container in &spec.containers {
-        let Some(status) = statuses.iter().find(|status| status.name == container.name) else {
-            waiting += 1;
-            continue;
-        };
-        let end = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| {
-            state.as_ref().and_then(|state| state.terminated.as_ref()).map(|end| end.exit_code)
-        };
-        if runs(status) {
-            running += 1;
-        } else if let Some(exit_code) = end(&status.state) {
-            stopped += 1;
-            final_ones += u32::from(!should_restart(spec, container, exit_code));
-            succeeded += u32::from(exit_code == 0);
-        } else if let Some(exit_code) = end(&status.last_state) {
-            // It waits to run again.
-            stopped += 1;
-            final_ones += u32::from(!should_restart(spec, container, exit_code));
-        } else {
-            waiting += 1;
+    let (mut pending_init, mut pending_sidecars, mut waiting, mut running) = (0, 0, 0, 0);
+    let (mut stopped, mut final_ones, mut succeeded, mut initialized) = (0, 0, 0, false);
+    for (kind, container) in containers::all(spec) {
+        let stands = stands(statuses.find(&container.name));
+        let again = |exit_code| should_restart(spec, &container, exit_code);
+        match (kind, stands) {
+            // One that has succeeded is over, whatever its policy.
+            (Kind::Ephemeral, _) | (Kind::Init, Stands::Ended { exit_code: 0, .. }) => {}
+            (Kind::Init, Stands::Ended { exit_code, .. }) => {
+                if !again(exit_code) {
+                    return Phase::Failed;
+                }
+                // It counts neither as pending nor as running: what comes after it does.
+            }
+            (Kind::Init, _) => pending_init += 1,
+            (Kind::Sidecar, Stands::Runs { started }) => {
+                pending_sidecars += u32::from(!started);
+                running += 1;
+            }
+            // Sidecars that have ended say nothing about the phase.
+            (Kind::Sidecar, Stands::Ended { .. }) => {}
+            (Kind::Sidecar, Stands::Waits) => {
+                pending_sidecars += 1;
+                waiting += 1;
+            }
+            (Kind::Main, Stands::Runs { .. }) => {
+                running += 1;
+                initialized = true;
+            }
+            (Kind::Main, Stands::Ended { exit_code, waits }) => {
+                initialized = true;
+                stopped += 1;
+                final_ones += u32::from(!again(exit_code));
+                succeeded += u32::from(exit_code == 0 && !waits);
+            }
+            (Kind::Main, Stands::Waits) => waiting += 1,
         }
     }
     let no_more_starts = input.ending.is_some();
     let will_run_again = stopped != final_ones && !no_more_starts;
-    if waiting > 0 || running + stopped == 0 {
+    if pending_init > 0 || pending_sidecars > 0 && !initialized || waiting > 0 || running + stopped == 0 {
         Phase::Pending
     } else if running > 0 || will_run_again {
         Phase::Running
@@ -256,6 +302,8 @@ mod tests {
                             last: last.clone(),
                             restart_count: 0,
                             image_id: String::new(),
+                            started: true,
+                            ready: true,
                         };
                         let got = status(&StatusInput {
                             pod: &pod,

@@ -1,33 +1,26 @@
 //! What happens to a pod: commands, its containers' starts and ends, the clock.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
 use tokio::time::Instant;
 
-use super::run::{Order, Told};
+use super::run::{Happened, Order, Told};
 use super::state::{ended, is_over, timestamp, unknown_end, waiting};
-use super::{ANNOUNCE_AFTER, Command, FORCED_GRACE, Stop, Why, Worker, deletion_grace, own_grace};
-use crate::container::Event;
+use super::stop::Why;
+use super::{ANNOUNCE_AFTER, Command, Container, FORCED_GRACE, Worker, deletion_grace, own_grace};
 use crate::pilot_metrics::StartedFrom;
-use crate::pod::backoff::{self, Next};
-use crate::pod::containers;
-use crate::pod::events::Kind;
+use crate::pod::backoff::{self, BackOff, Next};
+use crate::pod::containers::{self, Kind};
+use crate::pod::events;
 use crate::pod::status::{self, State, container_id};
-use k8s_openapi::api::core::v1::Pod;
 
 impl Worker {
     pub(super) fn on_command(&mut self, command: Command) {
         match command {
-            Command::Update(pod) => {
-                let image_changed = images(&self.record.pod) != images(&pod);
-                self.record.pod = *pod;
-                if self.record.pod.metadata.deletion_timestamp.is_some() {
-                    self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
-                } else if image_changed && self.stop.is_none() && self.has_waiting() {
-                    self.prepare();
-                }
-            }
+            Command::Update(pod) => self.update(*pod),
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
             Command::Shutdown(grace) => {
                 self.stop_for(Why::Shutdown, grace.min(own_grace(&self.record.pod)));
@@ -35,14 +28,61 @@ impl Worker {
         }
     }
 
-    pub(super) fn on_told(&mut self, (index, restart, event): Told) {
+    /// The pod has changed: what a kubelet lets change of one that runs.
+    fn update(&mut self, pod: Pod) {
+        let old = std::mem::replace(&mut self.record.pod, pod);
+        if self.record.pod.metadata.deletion_timestamp.is_some() {
+            self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
+        }
+        if self.stop.is_some() {
+            return;
+        }
+        self.count_deadline();
+        // Only ephemeral containers are ever added, and nothing is taken away.
+        let added = containers::of(&self.record.pod)
+            .filter(|(_, new)| self.containers.iter().all(|c| c.name != new.name));
+        let added: Vec<Container> =
+            added.map(|(kind, new)| Container::new(&new.name, kind, &self.context)).collect();
+        self.containers.extend(added);
+        self.enter_records();
+        if images(&old) != images(&self.record.pod) {
+            self.restart_changed(&old);
+            // What waits may be mended by it.
+            if self.has_waiting() {
+                self.prepare();
+            }
+        }
+        self.advance();
+    }
+
+    /// A container whose image is another now starts again with it (kuberuntime's `containerChanged`).
+    fn restart_changed(&mut self, old: &Pod) {
+        let before = images(old);
+        let now = images(&self.record.pod);
+        for index in 0..self.containers.len() {
+            let name = self.containers[index].name.clone();
+            let kind = self.containers[index].kind;
+            if before.get(&name) == now.get(&name) || !matches!(kind, Kind::Main | Kind::Sidecar) {
+                continue;
+            }
+            // The failures of another program do not count.
+            self.containers[index].back_off = BackOff::new(self.context.policy.back_off_max);
+            let what = if kind == Kind::Sidecar { "Init container" } else { "Container" };
+            let message = format!("{what} {name} definition changed");
+            self.kill(index, &message, own_grace(&self.record.pod), true);
+        }
+    }
+
+    pub(super) fn on_told(&mut self, (index, restart, happened): Told) {
         let name = self.containers[index].name.clone();
         let id = container_id(self.record.uid(), &name, restart);
         if self.record.containers.get(&name).is_none_or(|record| record.restart != restart) {
             return;
         }
-        let over = matches!(event, Event::Ended(_) | Event::StartFailed(_) | Event::Lost { .. });
-        if over && self.stop.is_none() && *self.context.draining.borrow() {
+        if let Happened::Started(at) = happened {
+            return self.on_started(index, timestamp(at), id);
+        }
+        if self.stop.is_none() && *self.context.draining.borrow() {
             // The end that was held back is let go by the same drain whose command is still on its way; that one
             // shortens the grace of the containers that are left. This one needs no order.
             let run = self.containers[index].run.take();
@@ -50,65 +90,76 @@ impl Worker {
             self.containers[index].run = run;
         }
         let Some(record) = self.record.containers.get_mut(&name) else { return };
-        let (state, kind, reason, message) = match event {
-            Event::Started { at, .. } => {
-                record.state = State::Running { started_at: timestamp(at), id };
-                self.announce_at = None;
-                let message = format!("Started container {name}");
-                self.context.events.record(&self.record.pod, Some(&name), Kind::Normal, "Started", &message);
-                self.context.metrics.container_started();
-                self.measure_start();
-                return;
-            }
-            Event::Ended(end) => {
+        let (state, reason, message) = match happened {
+            Happened::Started(_) => return,
+            Happened::Ended(end, last_word) => {
                 record.log_lines_lost = end.log_lines_lost;
                 let why =
                     end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
                 let lost =
                     format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
-                (
-                    State::Terminated(ended(&end, id)),
-                    Kind::Warning,
-                    "LogLinesLost",
-                    Some(lost).filter(|_| end.log_lines_lost > 0),
-                )
+                let lost = Some(lost).filter(|_| end.log_lines_lost > 0);
+                (State::Terminated(ended(&end, &last_word, id)), "LogLinesLost", lost)
             }
-            Event::StartFailed(error) => {
+            Happened::StartFailed(error) => {
                 let mut state = unknown_end("StartError", &error.to_string(), record, id);
                 if let State::Terminated(ended) = &mut state {
                     ended.exit_code = error.exit_code();
                 }
-                (state, Kind::Warning, "Failed", Some(format!("Error: {error}")))
+                (state, "Failed", Some(format!("Error: {error}")))
             }
-            Event::Lost { message } => (
-                unknown_end("SupervisorLost", &message, record, id),
-                Kind::Warning,
-                "SupervisorLost",
-                Some(message),
-            ),
-            Event::Output { .. } | Event::ExecEnded { .. } | Event::ExecFailed { .. } => return,
+            Happened::Lost(message) => {
+                (unknown_end("SupervisorLost", &message, record, id), "SupervisorLost", Some(message))
+            }
         };
         record.state = state;
+        record.launched = false;
+        (record.started, record.ready) = (false, false);
         self.context.metrics.container_ended();
         if let Some(message) = message {
-            self.context.events.record(&self.record.pod, Some(&name), kind, reason, &message);
+            let warning = events::Kind::Warning;
+            self.context.events.record(&self.record.pod, Some(&name), warning, reason, &message);
         }
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
-        record.launched = false;
         self.announce_at = None;
         let acknowledge = self.containers[index].run.take();
         self.after_end(index);
+        self.finish_if_complete();
+        self.next_turns();
         self.publish();
         self.save();
         if let Some(orders) = acknowledge {
             let _ = orders.try_send(Order::Acknowledge);
         }
+        self.advance();
+    }
+
+    /// A container runs.
+    fn on_started(&mut self, index: usize, started_at: Timestamp, id: String) {
+        let name = self.containers[index].name.clone();
+        let kind = self.containers[index].kind;
+        let Some(record) = self.record.containers.get_mut(&name) else { return };
+        record.state = State::Running { started_at, id };
+        (record.started, record.ready) = (true, true);
+        // An init container that is over in no time is not worth a write of its own.
+        if kind != Kind::Init {
+            self.announce_at = None;
+        }
+        let message = format!("Started container {name}");
+        let normal = events::Kind::Normal;
+        self.context.events.record(&self.record.pod, Some(&name), normal, "Started", &message);
+        self.context.metrics.container_started();
+        self.measure_start();
+        self.advance();
     }
 
     /// How long the pod's first start took, once all of its containers run.
     fn measure_start(&self) {
-        let all = self.record.containers.values();
-        if !all.clone().all(|c| c.restart == 0 && matches!(c.state, State::Running { .. })) {
+        let mut all = self.containers.iter().filter(|container| container.kind == Kind::Main);
+        let runs = |container: &Container| {
+            let record = self.record.containers.get(&container.name);
+            record.is_some_and(|c| c.restart == 0 && matches!(c.state, State::Running { .. }))
+        };
+        if !all.all(runs) {
             return;
         }
         let since =
@@ -131,10 +182,18 @@ impl Worker {
         let Some(record) = self.record.containers.get_mut(&container.name) else { return };
         let State::Terminated(end) = record.state.clone() else { return };
         let spec = self.record.pod.spec.as_ref();
-        let again = spec.is_some_and(|spec| {
-            let found = containers::find(&self.record.pod, &container.name);
-            found.is_some_and(|(_, container)| status::should_restart(spec, &container, end.exit_code))
-        });
+        let by_policy = || {
+            let found = spec.zip(containers::find(&self.record.pod, &container.name));
+            found
+                .is_some_and(|(spec, (_, container))| status::should_restart(spec, &container, end.exit_code))
+        };
+        let again = std::mem::take(&mut container.again);
+        let again = match container.kind {
+            Kind::Ephemeral => false,
+            // One that has succeeded is done for good.
+            Kind::Init => end.exit_code != 0 && by_policy(),
+            Kind::Sidecar | Kind::Main => again || by_policy(),
+        };
         if !again {
             return;
         }
@@ -154,7 +213,8 @@ impl Worker {
             "Back-off restarting failed container {} in pod {pod}_{namespace}({uid})",
             container.name
         );
-        self.context.events.record(&self.record.pod, Some(&container.name), Kind::Warning, "BackOff", &text);
+        let warning = events::Kind::Warning;
+        self.context.events.record(&self.record.pod, Some(&container.name), warning, "BackOff", &text);
     }
 
     pub(super) async fn on_wake(&mut self, now: Instant) {
@@ -186,47 +246,20 @@ impl Worker {
             }
             // A start that takes no time is told when it has happened, as at first.
             self.announce_at = Some(now + ANNOUNCE_AFTER);
-            // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
-            if self.preparing.is_none() {
-                self.prepare();
-            }
+        }
+        // Secrets and ConfigMaps may have changed since; a kubelet reads them anew too.
+        self.advance();
+        if self.deadline_at.is_some_and(|at| at <= now) {
+            self.exceed_deadline();
         }
         if self.delete_at.is_some_and(|at| at <= now) {
             self.delete().await;
         }
     }
-
-    pub(super) fn stop_for(&mut self, why: Why, grace: Duration) {
-        let kill_at = Instant::now() + grace;
-        let first = self.stop.is_none();
-        let stop = self.stop.get_or_insert(Stop { why, kill_at });
-        let shorter = kill_at < stop.kill_at;
-        stop.kill_at = stop.kill_at.min(kill_at);
-        if why == Why::Gone {
-            stop.why = Why::Gone;
-        }
-        if !first && !shorter {
-            return;
-        }
-        // A preparation that is under way is waited for: it may have made the pod's directory.
-        self.prepare_at = None;
-        self.announce_at = None;
-        self.ready.iter_mut().for_each(|ready| *ready = None);
-        for container in &mut self.containers {
-            container.restart_at = None;
-            if let Some(orders) = &container.run {
-                // The channel holds more orders than a pod's life gives; one that is full has its Terminate already.
-                let _ = orders.try_send(Order::Terminate(grace));
-                if first {
-                    let text = format!("Stopping container {}", container.name);
-                    let name = Some(container.name.as_str());
-                    self.context.events.record(&self.record.pod, name, Kind::Normal, "Killing", &text);
-                }
-            }
-        }
-    }
 }
 
-fn images(pod: &Pod) -> Vec<Option<String>> {
-    containers::of(pod).map(|(_, container)| container.image.clone()).collect()
+/// The images of the containers by their names. Ephemeral ones, which only ever come, do not count.
+fn images(pod: &Pod) -> BTreeMap<String, Option<String>> {
+    let fixed = containers::of(pod).filter(|(kind, _)| *kind != Kind::Ephemeral);
+    fixed.map(|(_, container)| (container.name.clone(), container.image.clone())).collect()
 }

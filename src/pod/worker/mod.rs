@@ -4,11 +4,14 @@
 //! waits for whatever comes next, changes its containers' states, and publishes the status that follows from them.
 
 mod happen;
+mod order;
 mod prepare;
 mod report;
 mod run;
 mod start;
 mod state;
+mod stop;
+mod termination;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +23,7 @@ use tokio::time::Instant;
 use self::prepare::{Attempt, PrepareError};
 use self::run::{Order, Told};
 use self::state::waiting;
+use self::stop::Stop;
 use super::backoff::BackOff;
 use super::containers;
 use super::context::Context;
@@ -104,29 +108,33 @@ pub fn spawn(
     commands_tx
 }
 
-/// Why a pod is being stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Why {
-    /// Somebody deleted it.
-    Deleted,
-    /// Its object is gone.
-    Gone,
-    /// The allocation ends.
-    Shutdown,
-}
-
-struct Stop {
-    why: Why,
-    kill_at: Instant,
-}
-
 struct Container {
     name: String,
+    kind: containers::Kind,
     run: Option<mpsc::Sender<Order>>,
     /// By which others join that run.
     handle: Option<RunHandle>,
+    /// A supervisor that was started while the pod was being prepared.
+    supervisor: Option<Supervisor>,
     restart_at: Option<Instant>,
+    /// It was ended to be started again (a probe failed, its image changed), so its exit code does not decide.
+    again: bool,
     back_off: BackOff,
+}
+
+impl Container {
+    fn new(name: &str, kind: containers::Kind, context: &Context) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind,
+            run: None,
+            handle: None,
+            supervisor: None,
+            restart_at: None,
+            again: false,
+            back_off: BackOff::new(context.policy.back_off_max),
+        }
+    }
 }
 
 type Preparing = tokio::task::JoinHandle<Attempt>;
@@ -142,12 +150,14 @@ struct Worker {
     publisher: Publisher,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
-    /// Supervisors that were started while the pod was being prepared.
-    ready: Vec<Option<Supervisor>>,
+    /// A preparation has just begun: supervisors may be started meanwhile.
+    eager: bool,
     prepare_at: Option<Instant>,
     prepare_delay: Duration,
     announce_at: Option<Instant>,
     delete_at: Option<Instant>,
+    /// When `activeDeadlineSeconds` are over.
+    deadline_at: Option<Instant>,
     complaint: Option<String>,
     ended: bool,
     /// The manager knows that it has ended.
@@ -164,16 +174,8 @@ impl Worker {
     ) -> Self {
         let (told_tx, told) = mpsc::channel(TOLD);
         let publisher = Publisher::spawn(context.api.clone(), record.pod.clone(), context.draining.clone());
-        let containers: Vec<Container> = containers::of(&record.pod)
-            .map(|(_, c)| Container {
-                name: c.name.clone(),
-                run: None,
-                handle: None,
-                restart_at: None,
-                back_off: BackOff::default(),
-            })
-            .collect();
-        let ready = containers.iter().map(|_| None).collect();
+        let containers: Vec<Container> =
+            containers::of(&record.pod).map(|(kind, c)| Container::new(&c.name, kind, &context)).collect();
         Self {
             context,
             record,
@@ -185,11 +187,12 @@ impl Worker {
             publisher,
             stop: None,
             preparing: None,
-            ready,
+            eager: false,
             prepare_at: None,
             prepare_delay: PREPARE_FIRST,
             announce_at: None,
             delete_at: None,
+            deadline_at: None,
             complaint: None,
             ended: false,
             ended_told: false,
@@ -198,16 +201,14 @@ impl Worker {
     }
 
     async fn run(mut self, start: Start) {
-        let fresh = matches!(start, Start::Fresh);
         self.begin(start);
-        if fresh && self.stop.is_none() {
-            // The reads are on their way before this thread spends a millisecond on processes: both take about as long.
-            tokio::task::yield_now().await;
-            for index in 0..self.containers.len() {
-                self.ready[index] = self.spawn_supervisor(index);
-            }
-        }
         loop {
+            if std::mem::take(&mut self.eager) && self.stop.is_none() {
+                // The reads are on their way before this thread spends a millisecond on processes: both take about as
+                // long.
+                tokio::task::yield_now().await;
+                self.spawn_supervisors();
+            }
             self.settle().await;
             if self.is_finished() {
                 break;
@@ -237,7 +238,7 @@ impl Worker {
     }
 
     fn is_finished(&self) -> bool {
-        self.all_still() && self.stop.as_ref().is_some_and(|stop| stop.why == Why::Gone)
+        self.all_still() && self.stop.as_ref().is_some_and(|stop| stop.gone)
             || self.reported && self.publisher.state().gone
     }
 
@@ -267,7 +268,7 @@ impl Worker {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let timers = [self.announce_at, self.prepare_at, self.delete_at];
+        let timers = [self.announce_at, self.prepare_at, self.delete_at, self.deadline_at];
         let restarts = self.containers.iter().map(|c| c.restart_at);
         timers.into_iter().chain(restarts).flatten().min()
     }

@@ -37,6 +37,13 @@ pub struct Prepared {
     pub notes: Vec<String>,
 }
 
+impl Prepared {
+    /// Whether the pod had this container when it was prepared.
+    pub fn has(&self, container: &str) -> bool {
+        self.scripts.contains_key(container)
+    }
+}
+
 /// Why a pod cannot start yet.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
@@ -442,6 +449,7 @@ pub fn spec(
         session: context.policy.session,
         oom_score_adj: Some(OOM_SCORE_ADJ),
         open_files: context.policy.open_files,
+        stop_signal: stop_signal(container),
         orphan_timeout: context.policy.orphan_timeout,
         drain_at: drain,
         grace: super::own_grace(pod),
@@ -449,6 +457,12 @@ pub fn spec(
         stdio: stdio(container),
     };
     Ok((spec, env.skipped))
+}
+
+/// What asks the container to end (`lifecycle.stopSignal`), where that is named and is a signal of this system.
+fn stop_signal(container: &Container) -> Option<i32> {
+    let name = container.lifecycle.as_ref()?.stop_signal.as_deref()?;
+    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
 }
 
 /// What the container's program reads and writes.

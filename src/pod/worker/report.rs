@@ -6,20 +6,16 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
-use super::{Container, DELETE_RETRY, Note, Why, Worker};
+use super::{Container, DELETE_RETRY, Note, Worker};
 use crate::pod::context::on_disk;
 use crate::pod::directory;
 use crate::pod::outcome::Outcome;
 use crate::pod::roster::{ContainerView, PodView};
-use crate::pod::status::{self, ContainerRuntime, Ending, State, StatusInput};
+use crate::pod::status::{self, ContainerRuntime, State, StatusInput};
 
 impl Worker {
     pub(super) fn status(&self) -> PodStatus {
-        let ending = match &self.stop {
-            Some(stop) if stop.why == Why::Shutdown && self.all_still() => Some(Ending::NodeShutdown),
-            Some(_) if self.all_still() => Some(Ending::Deleted),
-            _ => None,
-        };
+        let ending = self.stop.as_ref().filter(|_| self.all_still()).and_then(|stop| stop.ending.clone());
         let containers: Vec<ContainerRuntime> = self
             .containers
             .iter()
@@ -35,6 +31,8 @@ impl Worker {
                     last: record.last,
                     restart_count: if due { record.restart.saturating_sub(1) } else { record.restart },
                     image_id: String::new(),
+                    started: record.started,
+                    ready: record.ready,
                 }
             })
             .collect();
@@ -55,7 +53,7 @@ impl Worker {
 
     /// Sends the status as it is now, and returns it; none while nobody is to be told.
     pub(super) fn publish(&mut self) -> Option<PodStatus> {
-        if self.stop.as_ref().is_some_and(|stop| stop.why == Why::Gone) || self.announce_at.is_some() {
+        if self.stop.as_ref().is_some_and(|stop| stop.gone) || self.announce_at.is_some() {
             return None;
         }
         let status = self.status();
@@ -128,7 +126,7 @@ impl Worker {
         if self.reported
             && deleted
             && self.delete_at.is_none()
-            && self.stop.as_ref().is_none_or(|s| s.why != Why::Gone)
+            && self.stop.as_ref().is_none_or(|stop| !stop.gone)
         {
             self.delete().await;
         }

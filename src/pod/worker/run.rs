@@ -8,7 +8,8 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::container::{ContainerSpec, Event, Supervisor};
+use super::termination::LastWord;
+use crate::container::{ContainerSpec, End, Event, StartError, Supervisor};
 use crate::pod::context::{Context, OutputLine};
 use crate::pod::events::Kind;
 use crate::pod::handler::Hook;
@@ -21,21 +22,41 @@ const LEAST_GRACE: Duration = Duration::from_secs(2);
 /// What a run is told.
 #[derive(Debug)]
 pub enum Order {
-    /// SIGTERM now, SIGKILL after this long. A later order may only shorten it.
-    Terminate(Duration),
+    /// The preStop hook and SIGTERM, SIGKILL after this long. A later order may only shorten it.
+    Terminate {
+        /// Between this moment and SIGKILL.
+        grace: Duration,
+        /// Whether SIGTERM waits for [`Order::Turn`], at most as long as the grace.
+        waits: bool,
+    },
+    /// What it waited for has ended.
+    Turn,
     /// The run's end is recorded: the supervisor may go.
     Acknowledge,
 }
 
-/// What a run tells: which container (index in the pod's spec), which run of it, and what happened.
-pub type Told = (usize, u32, Event);
+/// What a run tells: which container (its index in the worker), which run of it, and what happened.
+pub type Told = (usize, u32, Happened);
+
+/// What happened to a run.
+#[derive(Debug)]
+pub enum Happened {
+    /// It runs, and its postStart hook has succeeded.
+    Started(SystemTime),
+    /// It is over, with its termination message.
+    Ended(End, String),
+    /// Its program never began.
+    StartFailed(StartError),
+    /// Its supervisor is gone.
+    Lost(String),
+}
 
 /// Orders that may wait. A run gets a handful in its life.
 const ORDERS: usize = 16;
 
 /// What a run belongs to.
 pub struct Of {
-    /// The container's index in the pod's spec.
+    /// The container's index in the worker.
     pub index: usize,
     /// Which run of it.
     pub restart: u32,
@@ -43,8 +64,12 @@ pub struct Of {
     pub pod: Pod,
     /// The container's name.
     pub container: String,
+    /// What is done once it has started.
+    pub post_start: Option<Hook>,
     /// What is done before its SIGTERM.
     pub pre_stop: Option<Hook>,
+    /// Where its last word is.
+    pub last_word: Option<LastWord>,
 }
 
 /// Starts `spec`, if there is one, follows the supervisor and tells the worker what happens. Returns where to send orders,
@@ -67,19 +92,28 @@ pub fn follow(
         requests,
         handle: handle.clone(),
         joined: Joined::default(),
-        hook: None,
-        ordered: false,
+        post_start: None,
+        started: None,
+        ending: None,
+        sent: false,
     };
     tokio::spawn(run.live(spec));
     (orders_tx, handle)
 }
 
-/// A preStop hook that runs.
-struct Running {
-    end: Pin<Box<dyn Future<Output = Result<(), String>> + Send>>,
-    /// When it is waited for no longer.
+type Hooked = Pin<Box<dyn Future<Output = Result<(), String>> + Send + Sync>>;
+
+/// The time between the order to end and SIGTERM.
+struct Ending {
+    /// A preStop hook that runs.
+    hook: Option<Hooked>,
+    /// Whether it waits for others to end first.
+    waits: bool,
+    /// Whether there was anything to wait for, so that the program is owed the least grace.
+    late: bool,
+    /// When SIGTERM waits no longer.
     until: Instant,
-    /// When the grace is over, of which the hook is a part.
+    /// When the grace is over, of which all this is a part.
     kill_at: Instant,
 }
 
@@ -92,14 +126,22 @@ struct Run {
     requests: mpsc::Receiver<Request>,
     handle: RunHandle,
     joined: Joined,
-    hook: Option<Running>,
-    /// Whether its end was asked for.
-    ordered: bool,
+    post_start: Option<Hooked>,
+    /// When it started, until its postStart hook has succeeded.
+    started: Option<SystemTime>,
+    /// Its end was asked for, and SIGTERM was not sent yet.
+    ending: Option<Ending>,
+    /// Whether it was.
+    sent: bool,
 }
 
 impl Run {
     async fn live(mut self, spec: Option<ContainerSpec>) {
         if let Some(spec) = spec {
+            // An earlier run's message is not this one's.
+            if let Some(word) = self.of.last_word.as_ref().filter(|_| self.of.restart > 0) {
+                word.clear().await;
+            }
             self.supervisor.start(spec).await;
         }
         let mut drain = self.context.drain.clone();
@@ -108,7 +150,8 @@ impl Run {
                 biased;
                 order = self.orders.recv() => {
                     match order {
-                        Some(Order::Terminate(grace)) => self.terminate(grace).await,
+                        Some(Order::Terminate { grace, waits }) => self.terminate(grace, waits).await,
+                        Some(Order::Turn) => self.turn().await,
                         Some(Order::Acknowledge) => {}
                         // Without a worker nobody waits for this container: it ends as if its pod were deleted.
                         None => return,
@@ -120,8 +163,15 @@ impl Run {
                     self.joined.ask(&mut self.supervisor, request).await;
                     continue;
                 }
-                result = hook_end(&mut self.hook) => {
-                    self.hooked(result).await;
+                result = hook_end(&mut self.post_start) => {
+                    self.post_started(result).await;
+                    if !self.tell_started().await {
+                        return;
+                    }
+                    continue;
+                }
+                step = next_step(&mut self.ending) => {
+                    self.step(step).await;
                     continue;
                 }
                 moved = next_drain(&mut drain) => {
@@ -131,34 +181,27 @@ impl Run {
             };
             let Some(event) = self.joined.take(event) else { continue };
             match event {
-                Event::Output { stderr, line } => {
-                    if let Some(output) = &self.context.output {
-                        let pod = self.of.pod.metadata.name.clone().unwrap_or_default();
-                        let container = self.of.container.clone();
-                        // A terminal that is gone takes no more lines; the log has them all.
-                        let _ = output.send(OutputLine { pod, container, stderr, line }).await;
+                Event::Output { stderr, line } => self.show(stderr, line).await,
+                Event::Started { at, .. } => {
+                    self.started = Some(at);
+                    match self.of.post_start.take() {
+                        Some(hook) if !self.is_ordered() => {
+                            self.post_start = Some(Box::pin(hook.run(self.handle.clone())));
+                        }
+                        _ => {
+                            if !self.tell_started().await {
+                                return;
+                            }
+                        }
                     }
-                    continue;
                 }
-                Event::Ended(_) if !self.ordered && !self.context.policy.hold_end.is_zero() => {
-                    let mut draining = self.context.draining.clone();
-                    hold(self.context.policy.hold_end, &mut draining, &mut self.orders).await;
+                Event::Ended(_) | Event::StartFailed(_) | Event::Lost { .. } => {
+                    if self.over(event).await {
+                        break;
+                    }
+                    return;
                 }
-                _ => {}
-            }
-            let over = matches!(event, Event::Ended(_) | Event::StartFailed(_) | Event::Lost { .. });
-            if over {
-                // Nobody joins it any more; who waits for a program in it is told.
-                self.requests.close();
-                while self.requests.try_recv().is_ok() {}
-                self.joined = Joined::default();
-                self.hook = None;
-            }
-            if self.told.send((self.of.index, self.of.restart, event)).await.is_err() {
-                return;
-            }
-            if over {
-                break;
+                Event::ExecEnded { .. } | Event::ExecFailed { .. } => {}
             }
         }
         while let Some(order) = self.orders.recv().await {
@@ -169,48 +212,163 @@ impl Run {
         }
     }
 
-    /// The end was asked for: a preStop hook first, within the grace.
-    async fn terminate(&mut self, grace: Duration) {
-        let first = !std::mem::replace(&mut self.ordered, true);
+    /// A line for the terminal of `play`.
+    async fn show(&self, stderr: bool, line: String) {
+        if let Some(output) = &self.context.output {
+            let pod = self.of.pod.metadata.name.clone().unwrap_or_default();
+            let container = self.of.container.clone();
+            // A terminal that is gone takes no more lines; the log has them all.
+            let _ = output.send(OutputLine { pod, container, stderr, line }).await;
+        }
+    }
+
+    async fn tell(&self, happened: Happened) -> bool {
+        self.told.send((self.of.index, self.of.restart, happened)).await.is_ok()
+    }
+
+    /// Tells that it runs, once; whether anybody listens.
+    async fn tell_started(&mut self) -> bool {
+        match self.started.take() {
+            Some(at) => self.tell(Happened::Started(at)).await,
+            None => true,
+        }
+    }
+
+    /// The run is over: tells how; whether anybody listens.
+    async fn over(&mut self, event: Event) -> bool {
+        let ended = matches!(event, Event::Ended(_));
+        if ended && !self.is_ordered() && !self.context.policy.hold_end.is_zero() {
+            let mut draining = self.context.draining.clone();
+            hold(self.context.policy.hold_end, &mut draining, &mut self.orders).await;
+        }
+        // Nobody joins it any more; who waits for a program in it is told.
+        self.requests.close();
+        while self.requests.try_recv().is_ok() {}
+        self.joined = Joined::default();
+        (self.ending, self.post_start) = (None, None);
+        let happened = match event {
+            Event::Ended(end) => {
+                let message = match self.of.last_word.take() {
+                    Some(word) => word.read(end.exit_code).await,
+                    None => String::new(),
+                };
+                Happened::Ended(end, message)
+            }
+            Event::StartFailed(error) => Happened::StartFailed(error),
+            Event::Lost { message } => Happened::Lost(message),
+            _ => return true,
+        };
+        // What ended during its postStart hook did run.
+        self.tell_started().await && self.tell(happened).await
+    }
+
+    fn is_ordered(&self) -> bool {
+        self.sent || self.ending.is_some()
+    }
+
+    /// The end was asked for: a preStop hook first, and others before it, within the grace.
+    async fn terminate(&mut self, grace: Duration, waits: bool) {
+        if self.sent {
+            return self.supervisor.terminate(grace).await;
+        }
         let now = Instant::now();
         let kill_at = now + grace;
         // A drain has no time to give away: what the program has after its hook is a part of the grace.
         let draining = *self.context.draining.borrow();
         let until = if draining { now + grace.saturating_sub(LEAST_GRACE) } else { kill_at };
-        if let Some(hook) = &mut self.hook {
-            hook.kill_at = hook.kill_at.min(kill_at);
-            hook.until = hook.until.min(until);
-            return;
-        }
-        match self.of.pre_stop.take() {
-            Some(hook) if first && until > now => {
-                let end = Box::pin(hook.run(self.handle.clone()));
-                self.hook = Some(Running { end, until, kill_at });
+        match &mut self.ending {
+            Some(ending) => {
+                ending.kill_at = ending.kill_at.min(kill_at);
+                ending.until = ending.until.min(until);
+                ending.waits &= waits;
             }
-            _ => self.supervisor.terminate(grace).await,
+            None => {
+                // A kubelet's pod worker stops waiting for it too.
+                self.post_start = None;
+                let hook = self.of.pre_stop.take().filter(|_| until > now);
+                let hook = hook.map(|hook| Box::pin(hook.run(self.handle.clone())) as Hooked);
+                let late = hook.is_some() || waits;
+                self.ending = Some(Ending { hook, waits, late, until, kill_at });
+            }
         }
+        self.proceed(false).await;
     }
 
-    /// The hook is over, or the grace is.
-    async fn hooked(&mut self, result: Result<(), String>) {
-        let Some(hook) = self.hook.take() else { return };
-        if let Err(problem) = result {
-            let text = format!("PreStopHook failed: {problem}");
-            let name = Some(self.of.container.as_str());
-            self.context.events.record(&self.of.pod, name, Kind::Warning, "FailedPreStopHook", &text);
+    async fn turn(&mut self) {
+        if let Some(ending) = &mut self.ending {
+            ending.waits = false;
         }
-        let left = hook.kill_at.saturating_duration_since(Instant::now());
-        let least = if *self.context.draining.borrow() { Duration::ZERO } else { LEAST_GRACE };
+        self.proceed(false).await;
+    }
+
+    /// The preStop hook is over, or the time for it is.
+    async fn step(&mut self, step: Step) {
+        let over = matches!(step, Step::TimeOver);
+        let problem = match (step, &mut self.ending) {
+            (Step::Hooked(result), Some(ending)) => {
+                ending.hook = None;
+                result.err()
+            }
+            (Step::TimeOver, Some(ending)) => {
+                ending.hook.take().map(|_| "it took longer than the grace leaves it".to_owned())
+            }
+            (_, None) => None,
+        };
+        if let Some(problem) = problem {
+            self.warn("FailedPreStopHook", &format!("PreStopHook failed: {problem}"));
+        }
+        self.proceed(over).await;
+    }
+
+    /// Sends SIGTERM when nothing stands before it, or at any rate when `now`.
+    async fn proceed(&mut self, now: bool) {
+        let Some(ending) = self.ending.take_if(|ending| now || ending.hook.is_none() && !ending.waits) else {
+            return;
+        };
+        self.sent = true;
+        let left = ending.kill_at.saturating_duration_since(Instant::now());
+        // What had nothing to wait for has its grace, however short.
+        let owed = ending.late && !*self.context.draining.borrow();
+        let least = if owed { LEAST_GRACE } else { Duration::ZERO };
         self.supervisor.terminate(left.max(least)).await;
+    }
+
+    /// The postStart hook is over. A container whose hook fails is ended.
+    async fn post_started(&mut self, result: Result<(), String>) {
+        self.post_start = None;
+        let Err(problem) = result else { return };
+        self.warn("FailedPostStartHook", &format!("PostStartHook failed: {problem}"));
+        let name = Some(self.of.container.as_str());
+        self.context.events.record(&self.of.pod, name, Kind::Normal, "Killing", "FailedPostStartHook");
+        self.terminate(super::own_grace(&self.of.pod), false).await;
+    }
+
+    fn warn(&self, reason: &str, text: &str) {
+        let name = Some(self.of.container.as_str());
+        self.context.events.record(&self.of.pod, name, Kind::Warning, reason, text);
     }
 }
 
-/// Waits for the hook's end, as long as the grace leaves it.
-async fn hook_end(hook: &mut Option<Running>) -> Result<(), String> {
-    let Some(Running { end, until, .. }) = hook else { return std::future::pending().await };
-    match tokio::time::timeout_at(*until, end).await {
-        Ok(result) => result,
-        Err(_) => Err("it took longer than the grace leaves it".to_owned()),
+/// What comes next on the way to SIGTERM.
+enum Step {
+    /// The preStop hook has ended.
+    Hooked(Result<(), String>),
+    /// The grace leaves no more time.
+    TimeOver,
+}
+
+async fn next_step(ending: &mut Option<Ending>) -> Step {
+    let Some(Ending { hook, until, .. }) = ending else { return std::future::pending().await };
+    tokio::select! {
+        result = hook_end(hook) => Step::Hooked(result),
+        () = tokio::time::sleep_until(*until) => Step::TimeOver,
+    }
+}
+
+async fn hook_end(hook: &mut Option<Hooked>) -> Result<(), String> {
+    match hook {
+        Some(hook) => hook.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -7,23 +7,24 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::prepare::{self, Attempt, Prepared};
-use super::run;
 use super::state::{is_over, unknown_end, waiting};
-use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Why, Worker, deletion_grace};
+use super::stop::Why;
+use super::termination::LastWord;
+use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Worker, deletion_grace};
+use super::{order, run};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
+use crate::pod::containers::{self, Kind};
 use crate::pod::environment::Skipped;
-use crate::pod::events::Kind;
+use crate::pod::events;
 use crate::pod::handler::Hook;
 use crate::pod::record::ContainerRecord;
 use crate::pod::status::{State, container_id};
 
 impl Worker {
     pub(super) fn begin(&mut self, start: Start) {
-        let names: Vec<String> = self.containers.iter().map(|c| c.name.clone()).collect();
-        for name in names {
-            self.record.containers.entry(name).or_default();
-        }
+        self.enter_records();
+        self.count_deadline();
         match start {
             Start::Fresh => {
                 self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
@@ -33,6 +34,21 @@ impl Worker {
         }
         if self.record.pod.metadata.deletion_timestamp.is_some() {
             self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
+        }
+    }
+
+    /// Gives each container a record, the first time that it is seen.
+    pub(super) fn enter_records(&mut self) {
+        let has_init = self.containers.iter().any(|c| matches!(c.kind, Kind::Init | Kind::Sidecar));
+        for container in &self.containers {
+            self.record.containers.entry(container.name.clone()).or_insert_with(|| {
+                let mut record = ContainerRecord::default();
+                // kubelet_pods.go, convertToAPIContainerStatuses: the default of all but ephemeral containers.
+                if has_init && container.kind != Kind::Ephemeral {
+                    record.state = waiting("PodInitializing", "");
+                }
+                record
+            });
         }
     }
 
@@ -48,7 +64,6 @@ impl Worker {
             }
         }
         let uid = self.record.uid().to_owned();
-        let mut unprepared = false;
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
             let Some(record) = self.record.containers.get_mut(&container.name) else { continue };
@@ -67,12 +82,7 @@ impl Worker {
                     let left = left_of_wait(ended, Timestamp::now());
                     self.containers[index].restart_at = Some(Instant::now() + left);
                 }
-            } else {
-                unprepared = true;
             }
-        }
-        if unprepared && self.record.last_status.is_none() {
-            self.prepare();
         }
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
@@ -81,6 +91,21 @@ impl Worker {
                 self.after_end(index);
             }
         }
+        self.finish_if_complete();
+        self.advance();
+    }
+
+    /// Prepares the starts of those containers whose turn it is.
+    pub(super) fn advance(&mut self) {
+        let idle = self.stop.is_none() && self.record.last_status.is_none() && self.preparing.is_none();
+        if idle && self.prepare_at.is_none() && !self.startable().is_empty() {
+            self.prepare();
+        }
+    }
+
+    /// Whose turn it is to start.
+    fn startable(&self) -> Vec<usize> {
+        order::startable(&self.line(), self.is_initialized())
     }
 
     /// Starts the reading of the pod's objects, its directory and volumes.
@@ -90,9 +115,19 @@ impl Worker {
         let pod = self.record.pod.clone();
         let directory = self.record.directory.clone();
         self.preparing = Some(tokio::spawn(async move { prepare::prepare(&context, &pod, directory).await }));
+        self.eager = true;
     }
 
-    pub(super) fn spawn_supervisor(&mut self, index: usize) -> Option<Supervisor> {
+    /// Starts the supervisors of those whose turn it is, while what they need is read.
+    pub(super) fn spawn_supervisors(&mut self) {
+        for index in self.startable() {
+            if self.containers[index].supervisor.is_none() {
+                self.containers[index].supervisor = self.spawn_supervisor(index);
+            }
+        }
+    }
+
+    fn spawn_supervisor(&mut self, index: usize) -> Option<Supervisor> {
         let name = &self.containers[index].name;
         let restart = self.record.containers.get(name).map_or(0, |c| c.restart);
         let id = ContainerId { pod_uid: self.record.uid().to_owned(), name: name.clone(), restart };
@@ -118,34 +153,37 @@ impl Worker {
                     self.context.events.record(
                         &self.record.pod,
                         None,
-                        Kind::Warning,
+                        events::Kind::Warning,
                         "FailedToRetrieveToken",
                         note,
                     );
                 }
-                for index in 0..self.containers.len() {
-                    let name = &self.containers[index].name;
-                    let waits = self.record.containers.get(name).is_some_and(|c| !is_over(&c.state));
-                    if waits
-                        && self.containers[index].run.is_none()
-                        && self.containers[index].restart_at.is_none()
-                    {
+                for index in self.startable() {
+                    // One that came while this was prepared has its turn with the next preparation.
+                    if prepared.has(&self.containers[index].name) {
                         self.start(index, &prepared);
                     }
                 }
                 if self.prepare_at.is_none() {
                     self.complaint = None;
                     self.prepare_delay = PREPARE_FIRST;
+                    self.advance();
                 }
             }
             Err(error) => {
                 // A supervisor without work would only hold memory.
-                self.ready.iter_mut().for_each(|ready| *ready = None);
+                self.containers.iter_mut().for_each(|container| container.supervisor = None);
                 self.complain(error.reason(), &error.to_string());
-                for container in self.record.containers.values_mut() {
-                    if !container.launched && !is_over(&container.state) && container.restart == 0 {
-                        // kubelet says why in an event, and leaves the container's own message empty.
-                        container.state = waiting("ContainerCreating", "");
+                for index in self.startable() {
+                    let container = self.record.containers.get_mut(&self.containers[index].name);
+                    if let Some(container) = container.filter(|container| container.restart == 0) {
+                        // kubelet says why in an event, and leaves the container's own message empty. What it said of an
+                        // earlier try does not hold any more.
+                        let State::Waiting { reason, message } = &mut container.state else { continue };
+                        if reason != "PodInitializing" {
+                            "ContainerCreating".clone_into(reason);
+                        }
+                        message.clear();
                     }
                 }
                 self.announce_at = None;
@@ -165,7 +203,7 @@ impl Worker {
         let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, &name, restart, prepared) {
             Ok(made) => made,
             Err(error) => {
-                self.ready[index] = None;
+                self.containers[index].supervisor = None;
                 self.complain("Failed", &format!("Error: {error}"));
                 self.set_waiting(&name, error.reason(), &error.to_string());
                 self.announce_at = None;
@@ -178,9 +216,11 @@ impl Worker {
         };
         for keys in skipped {
             let (pod, message) = (&self.record.pod, keys.to_string());
-            self.context.events.record(pod, None, Kind::Warning, Skipped::REASON, &message);
+            self.context.events.record(pod, None, events::Kind::Warning, Skipped::REASON, &message);
         }
-        let Some(supervisor) = self.ready[index].take().or_else(|| self.spawn_supervisor(index)) else {
+        let Some(supervisor) =
+            self.containers[index].supervisor.take().or_else(|| self.spawn_supervisor(index))
+        else {
             self.set_waiting(&name, "CreateContainerError", "no supervisor could be started");
             self.prepare_at = Some(Instant::now() + self.prepare_delay);
             self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
@@ -189,6 +229,7 @@ impl Worker {
         if let Some(record) = self.record.containers.get_mut(&name) {
             record.launched = true;
             record.log_lines_lost = 0;
+            (record.started, record.ready) = (false, false);
         }
         if let Err(error) = self.context.records.save(&self.record) {
             // What is not recorded must not start: after a crash nobody would know of it.
@@ -206,11 +247,20 @@ impl Worker {
 
     pub(super) fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
         let name = self.containers[index].name.clone();
-        let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
+        let record = self.record.containers.get(&name);
+        let restart = record.map_or(0, |c| c.restart);
+        // What ran before a crash of the pilot has had its hook.
+        let ran = record.is_some_and(|c| matches!(c.state, State::Running { .. }));
         let pod = self.record.pod.clone();
         let told = self.told_tx.clone();
+        let last_word = self.record.directory.as_ref().and_then(|directory| {
+            let own = directory.join("containers").join(&name);
+            let log = own.join("logs").join(format!("{restart}.log"));
+            containers::find(&pod, &name).map(|(_, container)| LastWord::of(&container, &own, log))
+        });
+        let post_start = Hook::post_start(&pod, &name).filter(|_| !ran);
         let pre_stop = Hook::pre_stop(&pod, &name);
-        let of = run::Of { index, restart, pod, container: name, pre_stop };
+        let of = run::Of { index, restart, pod, container: name, post_start, pre_stop, last_word };
         let (orders, handle) = run::follow(Arc::clone(&self.context), supervisor, of, spec, told);
         let container = &mut self.containers[index];
         (container.run, container.handle) = (Some(orders), Some(handle));

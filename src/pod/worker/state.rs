@@ -23,12 +23,14 @@ pub(super) fn timestamp(at: SystemTime) -> Timestamp {
     Timestamp::try_from(at).unwrap_or_else(|_| Timestamp::now())
 }
 
-/// The end that the supervisor saw.
-pub(super) fn ended(end: &End, id: String) -> Terminated {
-    let message = if end.survivors.is_empty() {
-        String::new()
-    } else {
-        format!("processes in uninterruptible sleep could not be ended: {}", end.survivors.join(", "))
+/// The end that the supervisor saw, and the container's termination message.
+pub(super) fn ended(end: &End, last_word: &str, id: String) -> Terminated {
+    let stuck =
+        || format!("processes in uninterruptible sleep could not be ended: {}", end.survivors.join(", "));
+    let message = match (end.survivors.is_empty(), last_word) {
+        (true, word) => word.to_owned(),
+        (false, "") => stuck(),
+        (false, word) => format!("{}: {word}", stuck()),
     };
     Terminated {
         exit_code: end.exit_code,

@@ -12,7 +12,7 @@ use super::state::guardian_process;
 use super::{Begun, Pilot, SetupError, tunnel};
 use crate::allocation::{self, BatchSystem};
 use crate::certificates;
-use crate::cli::RunArgs;
+use crate::cli::{PodArgs, RunArgs};
 use crate::cluster;
 use crate::container::Session;
 use crate::node::NodeHandle;
@@ -115,7 +115,7 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
         draining,
         roster: Arc::default(),
         metrics: way.metrics.clone(),
-        policy: Policy { open_files: raise_open_files(), ..policy(begun.allocation.batch) },
+        policy: Policy { open_files: raise_open_files(), ..policy(&args.pods, begun.allocation.batch) },
         ports: tunnel::pod_ports(begun.holds.tunnels.as_ref()),
         output: None,
     })
@@ -156,13 +156,14 @@ fn raise_open_files() -> Option<u64> {
 }
 
 /// How containers start and end under a batch system.
-pub(in crate::commands) fn policy(batch: BatchSystem) -> Policy {
+pub(in crate::commands) fn policy(pods: &PodArgs, batch: BatchSystem) -> Policy {
     let pbs = matches!(batch, BatchSystem::Pbs | BatchSystem::Torque);
     Policy {
         session: if pbs { Session::Shared } else { Session::Own },
         orphan_timeout: ORPHAN_TIMEOUT,
         hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
         open_files: None,
+        back_off_max: pods.crash_loop_back_off_max,
     }
 }
 
