@@ -10,6 +10,7 @@ mod admission;
 mod bad_input;
 mod certificates;
 mod check;
+mod containers;
 mod cordon;
 mod crash;
 mod deletion;

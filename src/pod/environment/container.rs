@@ -15,6 +15,8 @@ pub struct Additions {
     pub pod_dir: String,
     /// `JIRIAF_CONTAINER_DIR`: the container's directory.
     pub container_dir: String,
+    /// `JIRIAF_TERMINATION_LOG`: the file whose content becomes the container's termination message.
+    pub termination_log: String,
     /// `JIRIAF_DRAIN_TIME`, in seconds since 1970; absent where there is no drain time.
     pub drain_time: Option<Timestamp>,
     /// `JIRIAF_CONTAINER`: the mark by which what is left of a container is found.
@@ -163,6 +165,7 @@ fn added(additions: &Additions) -> BTreeMap<String, String> {
     let mut vars = BTreeMap::from([
         ("JIRIAF_POD_DIR".to_owned(), additions.pod_dir.clone()),
         ("JIRIAF_CONTAINER_DIR".to_owned(), additions.container_dir.clone()),
+        ("JIRIAF_TERMINATION_LOG".to_owned(), additions.termination_log.clone()),
     ]);
     if let Some(drain) = additions.drain_time {
         vars.insert("JIRIAF_DRAIN_TIME".to_owned(), drain.as_second().to_string());

@@ -29,6 +29,7 @@ fn made(container: Value, expand: Expand) -> Result<ContainerEnv, ConfigError> {
     let additions = Additions {
         pod_dir: "/home/u/p1".to_owned(),
         container_dir: "/home/u/p1/containers/c1".to_owned(),
+        termination_log: "/home/u/p1/containers/c1/termination-log".to_owned(),
         drain_time: Some(jiff::Timestamp::from_second(1_700_000_000).unwrap()),
         mark: "n/u/c1/0".to_owned(),
     };
@@ -117,6 +118,7 @@ fn the_pilots_variables_stay_and_ours_are_added() {
             ("JIRIAF_CONTAINER_DIR", "/home/u/p1/containers/c1"),
             ("JIRIAF_DRAIN_TIME", "1700000000"),
             ("JIRIAF_POD_DIR", "/home/u/p1"),
+            ("JIRIAF_TERMINATION_LOG", "/home/u/p1/containers/c1/termination-log"),
             ("PATH", "/mine"),
             ("SLURM_JOB_ID", "7"),
         ])

@@ -46,6 +46,7 @@ pub(super) fn containers(pod: &Pod, message: &str) -> Vec<ContainerRuntime> {
                 last: None,
                 restart_count: u32::try_from(old.restart_count).unwrap_or(0),
                 image_id: old.image_id.clone(),
+                again: false,
                 started: false,
                 ready: false,
             }

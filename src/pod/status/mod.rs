@@ -97,6 +97,8 @@ pub struct ContainerRuntime {
     pub restart_count: u32,
     /// The path of its script; empty while unknown.
     pub image_id: String,
+    /// Whether it starts again after its end, whatever its policy says: its image changed, or a probe failed.
+    pub again: bool,
     /// Whether it has started, once it runs: its startup probe has succeeded, where it has one.
     pub started: bool,
     /// Whether its readiness probe succeeds, where it has one; counts while it runs and has started.

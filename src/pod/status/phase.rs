@@ -201,7 +201,8 @@ fn by_containers(input: &StatusInput<'_>, statuses: &Statuses) -> Phase {
     let (mut stopped, mut final_ones, mut succeeded, mut initialized) = (0, 0, 0, false);
     for (kind, container) in containers::all(spec) {
         let stands = stands(statuses.find(&container.name));
-        let again = |exit_code| should_restart(spec, &container, exit_code);
+        let decided = input.containers.iter().any(|one| one.name == container.name && one.again);
+        let again = |exit_code| decided || should_restart(spec, &container, exit_code);
         match (kind, stands) {
             // One that has succeeded is over, whatever its policy.
             (Kind::Ephemeral, _) | (Kind::Init, Stands::Ended { exit_code: 0, .. }) => {}
@@ -302,6 +303,7 @@ mod tests {
                             last: last.clone(),
                             restart_count: 0,
                             image_id: String::new(),
+                            again: false,
                             started: true,
                             ready: true,
                         };

@@ -51,6 +51,7 @@ fn container(name: &str, state: State, last: Option<i32>) -> ContainerRuntime {
         last: last.map(end),
         restart_count: u32::from(last.is_some()),
         image_id: "/s.sh".to_owned(),
+        again: false,
         started: true,
         ready: true,
     }

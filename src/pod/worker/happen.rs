@@ -139,6 +139,7 @@ impl Worker {
         let kind = self.containers[index].kind;
         let Some(record) = self.record.containers.get_mut(&name) else { return };
         record.state = State::Running { started_at, id };
+        self.containers[index].again = false;
         (record.started, record.ready) = (true, true);
         // An init container that is over in no time is not worth a write of its own.
         if kind != Kind::Init {
@@ -187,18 +188,22 @@ impl Worker {
             found
                 .is_some_and(|(spec, (_, container))| status::should_restart(spec, &container, end.exit_code))
         };
-        let again = std::mem::take(&mut container.again);
         let again = match container.kind {
             Kind::Ephemeral => false,
             // One that has succeeded is done for good.
             Kind::Init => end.exit_code != 0 && by_policy(),
-            Kind::Sidecar | Kind::Main => again || by_policy(),
+            Kind::Sidecar | Kind::Main => container.again || by_policy(),
         };
         if !again {
             return;
         }
         let Next::Wait { wait, until } = container.back_off.next(end.finished_at, Timestamp::now()) else {
             container.restart_at = Some(Instant::now());
+            if container.again {
+                // Nobody is to see it end: by its policy alone it would be over for good.
+                record.last = Some(end);
+                record.state = waiting("ContainerCreating", "");
+            }
             return;
         };
         let delay = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default();

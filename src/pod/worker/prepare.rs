@@ -421,6 +421,7 @@ pub fn spec(
     let additions = Additions {
         pod_dir: prepared.directory.display().to_string(),
         container_dir: own.display().to_string(),
+        termination_log: own.join(super::termination::FILE).display().to_string(),
         drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
         mark,
     };
