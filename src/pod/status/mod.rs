@@ -6,6 +6,8 @@
 
 mod conditions;
 mod containers;
+#[cfg(test)]
+mod init_tests;
 mod patch;
 mod phase;
 #[cfg(test)]
