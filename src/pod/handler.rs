@@ -1,32 +1,25 @@
 //! What a pod's hooks do (core/v1 LifecycleHandler): run a program in the container, ask an HTTP server, open a
 //! connection, wait. Source: kubelet's `lifecycle/handlers.go` and `util/ioutils`.
 
-use std::sync::Arc;
+pub(super) mod http;
+
+use std::io;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty};
-use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::{ContainerPort, HTTPGetAction, LifecycleHandler, Pod};
+use k8s_openapi::api::core::v1::{Container, ContainerPort, HTTPGetAction, LifecycleHandler, Pod};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use self::http::Target;
 use super::containers;
 use super::session::{RunHandle, run_to_end};
 
 /// What a failed hook's message quotes of its program's output: as much as a probe's (prober.go, maxProbeMessageLength).
 const OUTPUT_BYTES: usize = 1024;
 
-/// What is read of an HTTP answer: as a kubelet (util/ioutils, maxRespBodyLength).
-const BODY_BYTES: usize = 10 * 1024;
-
-/// Where a pod's own server is, where a hook names no host: pods have the host's network, and the Node's address may be
-/// that of a login host.
-const HOST: &str = "127.0.0.1";
+/// Where a pod's own server is, where a hook or a probe names no host: pods have the host's network, and the Node's address
+/// may be that of a login host.
+pub(super) const HOST: &str = "127.0.0.1";
 
 /// A hook of a container.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,9 +33,19 @@ impl Hook {
     #[must_use]
     pub fn pre_stop(pod: &Pod, container: &str) -> Option<Self> {
         let (_, container) = containers::find(pod, container)?;
-        let handler = container.lifecycle.as_ref()?.pre_stop.clone()?;
+        Self::of(&container, container.lifecycle.as_ref()?.pre_stop.as_ref()?)
+    }
+
+    /// The postStart hook of the container of this name, where it has one.
+    #[must_use]
+    pub fn post_start(pod: &Pod, container: &str) -> Option<Self> {
+        let (_, container) = containers::find(pod, container)?;
+        Self::of(&container, container.lifecycle.as_ref()?.post_start.as_ref()?)
+    }
+
+    fn of(container: &Container, handler: &LifecycleHandler) -> Option<Self> {
         let ports = container.ports.clone().unwrap_or_default();
-        Some(Self { handler, ports })
+        Some(Self { handler: handler.clone(), ports })
     }
 
     /// The postStart hook of the container of this name, where it has one.
@@ -72,7 +75,8 @@ impl Hook {
         }
         if let Some(socket) = tcp_socket {
             let host = socket.host.filter(|host| !host.is_empty()).unwrap_or_else(|| HOST.to_owned());
-            return connect(&host, port(&socket.port, &self.ports)?).await.map(drop);
+            let port = port(&socket.port, &self.ports)?;
+            return connect(&host, port).await.map(drop).map_err(|error| error.to_string());
         }
         Err("it names nothing to do: exec, httpGet, tcpSocket or sleep is wanted".to_owned())
     }
@@ -91,7 +95,7 @@ async fn run_program(container: &RunHandle, argv: Vec<String>) -> Result<(), Str
 }
 
 /// A port by its number or by its name among the container's ports.
-fn port(port: &IntOrString, named: &[ContainerPort]) -> Result<u16, String> {
+pub(super) fn port(port: &IntOrString, named: &[ContainerPort]) -> Result<u16, String> {
     let number = match port {
         IntOrString::Int(number) => Some(*number),
         IntOrString::String(name) => match named.iter().find(|p| p.name.as_deref() == Some(name)) {
@@ -106,116 +110,37 @@ fn port(port: &IntOrString, named: &[ContainerPort]) -> Result<u16, String> {
     })
 }
 
-async fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
-    TcpStream::connect((host, port)).await.map_err(|error| format!("{host}:{port}: {error}"))
+/// Nobody answers there.
+#[derive(Debug, thiserror::Error)]
+#[error("dial tcp {host}:{port}: {}", reason(.source))]
+pub(super) struct Unconnected {
+    host: String,
+    port: u16,
+    source: io::Error,
+}
+
+/// As Go's errors say it, without the number: events of kubelets are searched for these words.
+fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
+        io::ErrorKind::HostUnreachable => "connect: no route to host".to_owned(),
+        io::ErrorKind::NetworkUnreachable => "connect: network is unreachable".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+pub(super) async fn connect(host: &str, port: u16) -> Result<TcpStream, Unconnected> {
+    let fail = |source| Unconnected { host: http::bracketed(host), port, source };
+    TcpStream::connect((host, port)).await.map_err(fail)
 }
 
 /// A GET that any status from 200 to 399 answers well.
 async fn ask(get: &HTTPGetAction, ports: &[ContainerPort]) -> Result<(), String> {
-    let host = get.host.as_deref().filter(|host| !host.is_empty()).unwrap_or(HOST);
-    let port = port(&get.port, ports)?;
-    let stream = connect(host, port).await?;
-    let request = request(get, host, port)?;
-    let status = if get.scheme.as_deref() == Some("HTTPS") {
-        let name = ServerName::try_from(host.to_owned()).map_err(|error| format!("{host}: {error}"))?;
-        let config = tokio_rustls::TlsConnector::from(Arc::new(unverified()?));
-        let stream = config.connect(name, stream).await.map_err(|error| format!("{host}:{port}: {error}"))?;
-        send(stream, request).await
-    } else {
-        send(stream, request).await
-    };
-    match status {
-        Ok(status) if status.is_success() || status.is_redirection() => Ok(()),
-        Ok(status) => Err(format!("HTTP {status} from {host}:{port}")),
-        Err(error) => Err(format!("{host}:{port}: {error}")),
-    }
-}
-
-fn request(get: &HTTPGetAction, host: &str, port: u16) -> Result<http::Request<Empty<Bytes>>, String> {
-    let path = get.path.as_deref().unwrap_or("/");
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-    let mut builder = http::Request::get(&path);
-    let mut named = false;
-    for header in get.http_headers.iter().flatten() {
-        named |= header.name.eq_ignore_ascii_case("host");
-        builder = builder.header(&header.name, &header.value);
-    }
-    if !named {
-        builder = builder.header(http::header::HOST, format!("{host}:{port}"));
-    }
-    builder.body(Empty::new()).map_err(|error| format!("path {path:?} and its headers: {error}"))
-}
-
-async fn send(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    request: http::Request<Empty<Bytes>>,
-) -> Result<http::StatusCode, hyper::Error> {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let exchange = async {
-        let mut response = sender.send_request(request).await?;
-        let mut read = 0;
-        while let Some(frame) = response.frame().await {
-            read += frame?.data_ref().map_or(0, Bytes::len);
-            if read > BODY_BYTES {
-                break;
-            }
-        }
-        Ok(response.status())
-    };
-    tokio::pin!(connection);
-    tokio::select! {
-        status = exchange => status,
-        // It ends with the exchange, or the exchange fails for it.
-        Err(error) = &mut connection => Err(error),
-    }
-}
-
-/// A kubelet does not verify the certificate of a pod's own server (probe/http, InsecureSkipVerify).
-fn unverified() -> Result<rustls::ClientConfig, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate));
-    Ok(config.with_no_client_auth())
-}
-
-#[derive(Debug)]
-struct AnyCertificate;
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        rustls::crypto::ring::default_provider().signature_verification_algorithms.supported_schemes()
+    let target = Target::new(get, ports)?;
+    let answer = target.get("lifecycle", get.http_headers.as_deref().unwrap_or_default()).await;
+    match answer.map_err(|error| error.to_string())?.status {
+        status if status.is_success() || status.is_redirection() => Ok(()),
+        status => Err(format!("HTTP {status} from {target}")),
     }
 }
 

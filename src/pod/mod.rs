@@ -14,6 +14,7 @@ pub mod handler;
 pub mod manager;
 pub mod outcome;
 pub mod ports;
+pub mod probe;
 pub mod publisher;
 pub mod quantity;
 pub mod record;

@@ -178,6 +178,19 @@ pub async fn run_to_end(
     argv: Vec<String>,
     limit: usize,
 ) -> Result<(ExecEnd, Vec<u8>), Gone> {
+    run_or(Signal::SIGHUP, container, argv, limit).await
+}
+
+/// As [`run_to_end`]; dropping it sends the program's process group this signal.
+///
+/// # Errors
+/// When the container ends first.
+pub async fn run_or(
+    dropped: Signal,
+    container: &RunHandle,
+    argv: Vec<String>,
+    limit: usize,
+) -> Result<(ExecEnd, Vec<u8>), Gone> {
     let pipes = || -> std::io::Result<_> {
         let null = std::fs::File::open("/dev/null")?;
         let (read, write) = std::io::pipe()?;
@@ -193,7 +206,7 @@ pub async fn run_to_end(
         }
     };
     let mut exec = container.exec(argv, stdio).await?;
-    let mut hang_up = HangUp(Some((exec.id, exec.requests.clone())));
+    let mut hang_up = HangUp(dropped, Some((exec.id, exec.requests.clone())));
     let (mut kept, mut bytes, mut open) = (Vec::new(), [0; 4096], true);
     let end = loop {
         tokio::select! {
@@ -204,7 +217,7 @@ pub async fn run_to_end(
             end = exec.ended() => break end?,
         }
     };
-    hang_up.0 = None;
+    hang_up.1 = None;
     while let Ok(Ok(n)) = tokio::time::timeout(REST_LIMIT, output.read(&mut bytes)).await {
         if n == 0 || kept.len() >= limit {
             break;
@@ -219,14 +232,14 @@ fn keep(kept: &mut Vec<u8>, bytes: &[u8], limit: usize) {
     kept.extend_from_slice(&bytes[..room]);
 }
 
-/// A program whose caller has gone is told as by a terminal that hangs up.
-struct HangUp(Option<(u64, mpsc::Sender<Request>)>);
+/// A program whose caller has gone is told by a signal, as by a terminal that hangs up.
+struct HangUp(Signal, Option<(u64, mpsc::Sender<Request>)>);
 
 impl Drop for HangUp {
     fn drop(&mut self) {
-        if let Some((id, requests)) = self.0.take() {
+        if let Some((id, requests)) = self.1.take() {
             // A channel that is full belongs to a container with worse troubles.
-            let _ = requests.try_send(Request::Signal { id, signal: Signal::SIGHUP });
+            let _ = requests.try_send(Request::Signal { id, signal: self.0 });
         }
     }
 }
