@@ -48,15 +48,6 @@ impl Hook {
         Some(Self { handler: handler.clone(), ports })
     }
 
-    /// The postStart hook of the container of this name, where it has one.
-    #[must_use]
-    pub fn post_start(pod: &Pod, container: &str) -> Option<Self> {
-        let (_, container) = containers::find(pod, container)?;
-        let handler = container.lifecycle.as_ref()?.post_start.clone()?;
-        let ports = container.ports.clone().unwrap_or_default();
-        Some(Self { handler, ports })
-    }
-
     /// Runs the hook in or against a container that runs.
     ///
     /// # Errors

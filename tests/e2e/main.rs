@@ -27,6 +27,7 @@ mod logs;
 mod metrics;
 mod pbs;
 mod privacy;
+mod probes;
 mod restarts;
 mod scripts;
 mod seed;

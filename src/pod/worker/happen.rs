@@ -15,6 +15,7 @@ use crate::pilot_metrics::StartedFrom;
 use crate::pod::backoff::{self, BackOff, Next};
 use crate::pod::containers::{self, Kind};
 use crate::pod::events;
+use crate::pod::probe::{self, Found, Probes, Report, Subject};
 use crate::pod::status::{self, State, container_id};
 
 impl Worker {
@@ -122,6 +123,7 @@ impl Worker {
         }
         self.announce_at = None;
         let acknowledge = self.containers[index].run.take();
+        self.containers[index].probes = Probes::none();
         self.after_end(index);
         self.finish_if_complete();
         self.next_turns();
@@ -137,10 +139,31 @@ impl Worker {
     fn on_started(&mut self, index: usize, started_at: Timestamp, id: String) {
         let name = self.containers[index].name.clone();
         let kind = self.containers[index].kind;
-        let Some(record) = self.record.containers.get_mut(&name) else { return };
+        let found = containers::find(&self.record.pod, &name).map(|(_, container)| container.into_owned());
+        let (Some(record), Some(container)) = (self.record.containers.get_mut(&name), found) else { return };
+        // A run of before a crash of the pilot goes on as it stood.
+        let goes_on = matches!(&record.state, State::Running { id: before, .. } if *before == id);
         record.state = State::Running { started_at, id };
+        if !goes_on {
+            record.started = container.startup_probe.is_none();
+            record.ready = container.readiness_probe.is_none();
+        }
+        let (started, ready, restart) = (record.started, record.ready, record.restart);
         self.containers[index].again = false;
-        (record.started, record.ready) = (true, true);
+        if let Some(run) = self.containers[index].handle.clone() {
+            let subject = Subject {
+                events: self.context.events.clone(),
+                pod: self.record.pod.clone(),
+                container,
+                index,
+                restart,
+                run,
+                started_at: started_at.into(),
+                started,
+                ready,
+            };
+            self.containers[index].probes = probe::spawn(subject, self.reports_tx.clone());
+        }
         // An init container that is over in no time is not worth a write of its own.
         if kind != Kind::Init {
             self.announce_at = None;
@@ -151,6 +174,46 @@ impl Worker {
         self.context.metrics.container_started();
         self.measure_start();
         self.advance();
+    }
+
+    /// A probe has found something out.
+    pub(super) fn on_report(&mut self, report: Report) {
+        let Report { index, restart, found } = report;
+        let (name, kind) = (self.containers[index].name.clone(), self.containers[index].kind);
+        let record = self.record.containers.get_mut(&name);
+        let Some(record) =
+            record.filter(|record| record.restart == restart && self.containers[index].run.is_some())
+        else {
+            return;
+        };
+        match found {
+            Found::Started => record.started = true,
+            Found::Ready(ready) => record.ready = ready,
+            Found::Failed { message, grace, .. } => {
+                let grace = grace.unwrap_or_else(|| own_grace(&self.record.pod));
+                // A sidecar always starts again, which its event does not say (computeInitContainerActions).
+                if kind == Kind::Sidecar {
+                    return self.kill(
+                        index,
+                        &format!("Init {}", message.replacen('C', "c", 1)),
+                        grace,
+                        false,
+                    );
+                }
+                return self.kill(index, &message, grace, self.restarts_what_failed(&name));
+            }
+        }
+        self.save();
+        self.advance();
+    }
+
+    /// Whether a container that was ended by its probes starts again: by its policy, not by its exit code, which is that of
+    /// its stop signal (computePodActions).
+    fn restarts_what_failed(&self, name: &str) -> bool {
+        let own = containers::find(&self.record.pod, name)
+            .and_then(|(_, container)| container.restart_policy.clone());
+        let pods = || self.record.pod.spec.as_ref().and_then(|spec| spec.restart_policy.clone());
+        own.or_else(pods).as_deref() != Some("Never")
     }
 
     /// How long the pod's first start took, once all of its containers run.

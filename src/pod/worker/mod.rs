@@ -29,6 +29,7 @@ use super::containers;
 use super::context::Context;
 use super::events::Kind;
 use super::outcome::Outcome;
+use super::probe::{Probes, Report};
 use super::publisher::Publisher;
 use super::record::Record;
 use super::session::RunHandle;
@@ -40,6 +41,9 @@ const COMMANDS: usize = 16;
 
 /// Events of a pod's containers that may wait; a supervisor waits for room.
 const TOLD: usize = 64;
+
+/// What probes have found out that may wait; a probe waits for room.
+const REPORTS: usize = 64;
 
 /// A start that takes longer than this is announced as ContainerCreating; a quicker one saves the API server a write.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(100);
@@ -120,6 +124,7 @@ struct Container {
     /// It was ended to be started again (a probe failed, its image changed), so its exit code does not decide.
     again: bool,
     back_off: BackOff,
+    probes: Probes,
 }
 
 impl Container {
@@ -133,6 +138,7 @@ impl Container {
             restart_at: None,
             again: false,
             back_off: BackOff::new(context.policy.back_off_max),
+            probes: Probes::none(),
         }
     }
 }
@@ -147,6 +153,8 @@ struct Worker {
     notes: mpsc::Sender<Note>,
     told_tx: mpsc::Sender<Told>,
     told: mpsc::Receiver<Told>,
+    reports_tx: mpsc::Sender<Report>,
+    reports: mpsc::Receiver<Report>,
     publisher: Publisher,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
@@ -173,6 +181,7 @@ impl Worker {
         notes: mpsc::Sender<Note>,
     ) -> Self {
         let (told_tx, told) = mpsc::channel(TOLD);
+        let (reports_tx, reports) = mpsc::channel(REPORTS);
         let publisher = Publisher::spawn(context.api.clone(), record.pod.clone(), context.draining.clone());
         let containers: Vec<Container> =
             containers::of(&record.pod).map(|(kind, c)| Container::new(&c.name, kind, &context)).collect();
@@ -184,6 +193,8 @@ impl Worker {
             notes,
             told_tx,
             told,
+            reports_tx,
+            reports,
             publisher,
             stop: None,
             preparing: None,
@@ -222,6 +233,7 @@ impl Worker {
                     None => return,
                 },
                 Some(told) = self.told.recv() => self.on_told(told),
+                Some(report) = self.reports.recv() => self.on_report(report),
                 attempt = join(&mut self.preparing) => self.on_prepared(attempt),
                 () = self.publisher.changed() => {}
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,

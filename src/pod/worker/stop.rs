@@ -77,6 +77,7 @@ impl Worker {
         for (index, container) in self.containers.iter_mut().enumerate() {
             container.restart_at = None;
             container.supervisor = None;
+            container.probes.stopping();
             if let Some(orders) = &container.run {
                 // The channel holds more orders than a pod's life gives; one that is full has its Terminate already.
                 let _ = orders.try_send(Order::Terminate { grace, waits: !turns.contains(&index) });
