@@ -55,6 +55,10 @@ const NAME: &str = "jiriaf-pilot";
 /// Set for a pilot that is started again, to the number of restarts.
 pub const RESTARTED: &str = "JIRIAF_RESTARTED";
 
+/// Tells a pilot that is started again when it was asked to end, in milliseconds since 1970: what is left of the batch
+/// system's kill wait counts from there.
+pub const ASKED: &str = "JIRIAF_ASKED_TO_END";
+
 /// What the pilot tells its guardian.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Word {
@@ -143,6 +147,8 @@ struct Guardian {
     crashes: Vec<Instant>,
     /// Signals that no pilot has got yet.
     pending: Vec<i32>,
+    /// The first signal that asks for the end, and when it came.
+    asked: Option<(i32, SystemTime)>,
 }
 
 struct Pilot {
@@ -177,13 +183,20 @@ impl Guardian {
         for signal in FORWARDED.into_iter().chain([Signal::SIGCHLD]) {
             signal_hook::low_level::pipe::register(signal as i32, write.try_clone()?)?;
         }
-        Ok(Self { wake, signals, word: Word::default(), crashes: Vec::new(), pending: Vec::new() })
+        Ok(Self {
+            wake,
+            signals,
+            word: Word::default(),
+            crashes: Vec::new(),
+            pending: Vec::new(),
+            asked: None,
+        })
     }
 
     fn guard(&mut self, program: &Path, arguments: &[OsString]) -> io::Result<u8> {
         let mut restarts = 0u32;
         loop {
-            let mut pilot = start(program, arguments, restarts)?;
+            let mut pilot = start(program, arguments, restarts, self.asked.map(|(_, at)| at))?;
             let status = self.watch(&mut pilot)?;
             let code = match status {
                 Ended::Exit(code) => {
@@ -219,6 +232,10 @@ impl Guardian {
                 return Ok(1);
             }
             restarts += 1;
+            // The one that was asked is dead: the next one has to end too.
+            if let Some((signal, _)) = self.asked.filter(|(signal, _)| !self.pending.contains(signal)) {
+                self.pending.push(signal);
+            }
             say!("warning: the pilot crashed ({code}); it is started again, its pods go on");
         }
     }
@@ -280,6 +297,9 @@ impl Guardian {
     /// Notes the signals that came. Each waits once at most, as in the kernel (signal(7)).
     fn take_signals(&mut self, pilot: &mut Pilot) {
         for signal in self.signals.pending() {
+            if asks_for_the_end(signal) {
+                self.asked.get_or_insert_with(|| (signal, SystemTime::now()));
+            }
             for list in [&mut self.pending, &mut pilot.signals] {
                 if !list.contains(&signal) {
                     list.push(signal);
@@ -368,7 +388,12 @@ enum Ended {
     TooLate,
 }
 
-fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pilot> {
+fn start(
+    program: &Path,
+    arguments: &[OsString],
+    restarts: u32,
+    asked: Option<SystemTime>,
+) -> io::Result<Pilot> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut command = Command::new(program);
@@ -379,6 +404,10 @@ fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pi
     } else {
         command.env_remove(RESTARTED);
     }
+    match asked.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+        Some(at) => command.env(ASKED, at.as_millis().to_string()),
+        None => command.env_remove(ASKED),
+    };
     let child = command.spawn()?;
     Ok(Pilot {
         pid: Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX)),
@@ -392,7 +421,11 @@ fn start(program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pi
 
 /// Whether a pilot's death by this signal is an end that was asked for, not a crash.
 fn is_asked_for(signal: Signal, came: &[i32]) -> bool {
-    matches!(signal, Signal::SIGTERM | Signal::SIGINT | Signal::SIGHUP) && came.contains(&(signal as i32))
+    asks_for_the_end(signal as i32) && came.contains(&(signal as i32))
+}
+
+fn asks_for_the_end(signal: i32) -> bool {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].iter().any(|end| *end as i32 == signal)
 }
 
 fn send(pid: Pid, signal: i32) {

@@ -105,6 +105,26 @@ fn signals_reach_the_pilot_and_wait_for_one_that_has_its_handlers() {
 }
 
 #[test]
+fn a_pilot_that_crashes_after_it_was_asked_to_end_hands_that_on_to_the_next() {
+    let mut guardian = Guardian::start(
+        "if [ \"$JIRIAF_RESTARTED\" ]; then trap 'echo pilot again; exit 4' TERM; \
+            [ $(( $(date +%s%3N) - JIRIAF_ASKED_TO_END )) -lt 5000 ] && echo pilot asked; \
+        else trap 'echo pilot term; kill -9 $$' TERM; fi; \
+        echo '{\"deadline\":null,\"supervisors\":null}' >&0; echo pilot up; while :; do sleep 0.02; done",
+    );
+    assert_eq!(guardian.line(), "pilot up");
+    guardian.signal(Signal::SIGTERM);
+    assert_eq!(guardian.line(), "pilot term");
+    assert_eq!(guardian.line(), "pilot asked");
+    let mut next = guardian.line();
+    if next == "pilot up" {
+        next = guardian.line();
+    }
+    assert_eq!(next, "pilot again");
+    assert_eq!(guardian.code(), 4);
+}
+
+#[test]
 fn a_silent_pilot_gets_its_signals_after_a_while_and_its_death_by_them_is_no_crash() {
     let mut guardian = Guardian::start("echo pilot up; exec sleep 7006");
     assert_eq!(guardian.line(), "pilot up");

@@ -139,6 +139,9 @@ async fn come_back(
     mut begun: Begun,
     signals: &mut Signals,
 ) -> Result<(Pilot, Option<End>), SetupError> {
+    if let Some(ago) = setup::asked_to_end() {
+        begun.spend_kill_wait(ago);
+    }
     let (timing, tracker) = begun.clock();
     let mut called = None;
     let entered = tokio::select! {

@@ -57,6 +57,9 @@ pub struct ContainerRecord {
     /// Whether this run is ready: its readiness probe succeeds, where it has one.
     #[serde(default)]
     pub ready: bool,
+    /// Whether it is ended to be started again (a probe failed, its image changed), so that its exit code does not decide.
+    #[serde(default)]
+    pub again: bool,
 }
 
 impl Default for ContainerRecord {
@@ -70,6 +73,7 @@ impl Default for ContainerRecord {
             log_lines_lost: 0,
             started: false,
             ready: false,
+            again: false,
         }
     }
 }

@@ -13,6 +13,7 @@ mod check;
 mod containers;
 mod cordon;
 mod crash;
+mod crash_random;
 mod deletion;
 mod ending;
 mod environment;

@@ -149,7 +149,7 @@ impl Worker {
             record.ready = container.readiness_probe.is_none();
         }
         let (started, ready, restart) = (record.started, record.ready, record.restart);
-        self.containers[index].again = false;
+        record.again = false;
         if let Some(run) = self.containers[index].handle.clone() {
             let subject = Subject {
                 events: self.context.events.clone(),
@@ -162,7 +162,14 @@ impl Worker {
                 started,
                 ready,
             };
+            // What a crash of the pilot must not do again or take back.
+            let hooked = subject.container.lifecycle.as_ref().is_some_and(|all| all.post_start.is_some());
+            let probed =
+                subject.container.startup_probe.is_some() || subject.container.readiness_probe.is_some();
             self.containers[index].probes = probe::spawn(subject, self.reports_tx.clone());
+            if (hooked || probed) && !goes_on {
+                self.save();
+            }
         }
         // An init container that is over in no time is not worth a write of its own.
         if kind != Kind::Init {
@@ -255,14 +262,14 @@ impl Worker {
             Kind::Ephemeral => false,
             // One that has succeeded is done for good.
             Kind::Init => end.exit_code != 0 && by_policy(),
-            Kind::Sidecar | Kind::Main => container.again || by_policy(),
+            Kind::Sidecar | Kind::Main => record.again || by_policy(),
         };
         if !again {
             return;
         }
         let Next::Wait { wait, until } = container.back_off.next(end.finished_at, Timestamp::now()) else {
             container.restart_at = Some(Instant::now());
-            if container.again {
+            if record.again {
                 // Nobody is to see it end: by its policy alone it would be over for good.
                 record.last = Some(end);
                 record.state = waiting("ContainerCreating", "");

@@ -121,8 +121,6 @@ struct Container {
     /// A supervisor that was started while the pod was being prepared.
     supervisor: Option<Supervisor>,
     restart_at: Option<Instant>,
-    /// It was ended to be started again (a probe failed, its image changed), so its exit code does not decide.
-    again: bool,
     back_off: BackOff,
     probes: Probes,
 }
@@ -136,7 +134,6 @@ impl Container {
             handle: None,
             supervisor: None,
             restart_at: None,
-            again: false,
             back_off: BackOff::new(context.policy.back_off_max),
             probes: Probes::none(),
         }

@@ -31,7 +31,7 @@ impl Worker {
                     last: record.last,
                     restart_count: if due { record.restart.saturating_sub(1) } else { record.restart },
                     image_id: String::new(),
-                    again: container.again && self.stop.is_none(),
+                    again: record.again && self.stop.is_none(),
                     started: record.started,
                     ready: record.ready,
                 }

@@ -1,7 +1,9 @@
 //! The beginning of a pod's containers: at first, after a crash of the pilot, and again after an end.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -69,6 +71,10 @@ impl Worker {
             let Some(record) = self.record.containers.get_mut(&container.name) else { continue };
             if container.run.is_some() || is_over(&record.state) {
                 continue;
+            }
+            if record.launched && !began(self.record.directory.as_deref(), &container.name, record.restart) {
+                // The pilot died between noting the start and asking for it.
+                record.launched = false;
             }
             if record.launched {
                 let message = "the container's supervisor was gone when the pilot came back after a crash";
@@ -265,6 +271,17 @@ impl Worker {
         let container = &mut self.containers[index];
         (container.run, container.handle) = (Some(orders), Some(handle));
     }
+}
+
+/// Whether a run may have begun: its log is made before its program runs.
+fn began(directory: Option<&Path>, container: &str, restart: u32) -> bool {
+    let log =
+        |directory: &Path| directory.join("containers").join(container).join(format!("logs/{restart}.log"));
+    directory.is_some_and(|directory| {
+        let found = fs::symlink_metadata(log(directory));
+        // What cannot be looked at may be there.
+        !matches!(found, Err(error) if error.kind() == io::ErrorKind::NotFound)
+    })
 }
 
 /// When the run that a waiting record names has ended already: its next one waits and has no number yet.

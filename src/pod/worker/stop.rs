@@ -111,9 +111,12 @@ impl Worker {
 
     /// Ends one container, which starts again by its restart policy, or whatever that says where `again`.
     pub(super) fn kill(&mut self, index: usize, message: &str, grace: Duration, again: bool) {
-        let container = &mut self.containers[index];
+        let container = &self.containers[index];
         let Some(orders) = container.run.as_ref().filter(|_| self.stop.is_none()) else { return };
-        container.again |= again;
+        if let Some(record) = self.record.containers.get_mut(&container.name) {
+            record.again |= again;
+        }
+        self.save();
         let _ = orders.try_send(Order::Terminate { grace, waits: false });
         let text = if again { format!("{message}, will be restarted") } else { message.to_owned() };
         let name = Some(container.name.as_str());

@@ -105,6 +105,14 @@ pub fn restarted() -> bool {
     std::env::var_os(crate::guardian::RESTARTED).is_some()
 }
 
+/// How long ago the pilot before this one was asked to end.
+#[must_use]
+pub fn asked_to_end() -> Option<Duration> {
+    let at = std::env::var(crate::guardian::ASKED).ok()?.parse().ok()?;
+    let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(at))?;
+    Some(SystemTime::now().duration_since(at).unwrap_or_default())
+}
+
 /// The pods of before a crash, each with the supervisors that are still there. A pilot that no guardian has restarted
 /// begins anew: what an earlier one of the same name left is ended and forgotten.
 pub(super) async fn recover(
