@@ -214,6 +214,20 @@ async fn a_trap_on_sigterm_runs_within_the_grace() {
 }
 
 #[tokio::test]
+async fn a_container_is_asked_to_end_by_the_signal_that_it_names() {
+    let bed = Bed::new("signal");
+    let usr1 = Some(nix::sys::signal::Signal::SIGUSR1 as i32);
+    let script = "trap '' TERM; trap 'exit 6' USR1; echo ready; while :; do sleep 0.02; done";
+    let spec = ContainerSpec { stop_signal: usr1, ..bed.spec(script) };
+    let mut supervisor = bed.start(&spec).await;
+    started(&mut supervisor).await;
+    until("ready", || bed.log().contains("ready")).await;
+    supervisor.terminate(SOON).await;
+    assert_eq!(ended(&mut supervisor).await.exit_code, 6);
+    supervisor.acknowledge().await;
+}
+
+#[tokio::test]
 async fn a_container_that_ignores_sigterm_is_gone_at_the_graces_end() {
     let bed = Bed::new("deaf");
     let spec = bed.spec("trap '' TERM; setsid sleep 1000 & echo ready; while :; do sleep 1; done");
