@@ -29,6 +29,7 @@ mod metrics;
 mod pbs;
 mod privacy;
 mod probes;
+mod reference;
 mod restarts;
 mod scripts;
 mod seed;
