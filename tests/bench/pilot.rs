@@ -14,6 +14,7 @@ mod audit;
 mod endings;
 mod floors;
 mod node_api;
+mod pods;
 mod report;
 mod series;
 mod statistics;
@@ -37,6 +38,8 @@ struct Size {
     endings: usize,
     /// Whether the Node's own API alone is measured.
     node_api: bool,
+    /// Whether pods with much in them alone are measured.
+    pods: bool,
 }
 
 /// Pods at once, and containers whose weight is taken.
@@ -54,6 +57,10 @@ fn main() {
         return report.print();
     }
     let watcher = Watcher::start();
+    if size.pods {
+        much(&mut report, &watcher, size.samples);
+        return report.print();
+    }
     let floors = floors::measure(&watcher, size.samples);
     floors.tell(&mut report);
 
@@ -78,10 +85,20 @@ fn main() {
     drop(pilot);
     drop(namespace);
 
+    much(&mut report, &watcher, size.samples);
+
     node_api(&mut report, size.samples);
     endings::measure(&mut report, &watcher, size.endings);
     report.push(Figure::size("static binary", report.binary_bytes, 10.0));
     report.print();
+}
+
+/// Pods with much in them, on a pilot of their own.
+fn much(report: &mut Report, watcher: &Watcher, samples: usize) {
+    let namespace = Namespace::new("much");
+    let pilot = Pilot::local(Options::new("much"), WALLTIME);
+    pods::large(report, watcher, &namespace, &pilot, samples.div_ceil(10));
+    pods::probed(report, watcher, &namespace, &pilot);
 }
 
 /// With a pilot of its own: what the pods before did to its memory and files is no part of it.
@@ -92,7 +109,7 @@ fn node_api(report: &mut Report, samples: usize) {
 }
 
 fn size(arguments: impl Iterator<Item = String>) -> Size {
-    let mut size = Size { samples: 200, rounds: 4, idle: 60, endings: 20, node_api: false };
+    let mut size = Size { samples: 200, rounds: 4, idle: 60, endings: 20, node_api: false, pods: false };
     for argument in arguments {
         let number = |text: &str| text.parse().unwrap_or_else(|_| usage(&argument));
         match argument.split_once('=').unwrap_or((&argument, "")) {
@@ -102,6 +119,7 @@ fn size(arguments: impl Iterator<Item = String>) -> Size {
             ("--idle", n) => size.idle = number(n) as u64,
             ("--endings", n) => size.endings = number(n),
             ("--node-api", "") => size.node_api = true,
+            ("--pods", "") => size.pods = true,
             // cargo gives it to every bench target.
             ("--bench", "") => {}
             _ => usage(&argument),
@@ -112,7 +130,7 @@ fn size(arguments: impl Iterator<Item = String>) -> Size {
 
 fn usage(argument: &str) -> ! {
     eprintln!(
-        "{argument}: not known; tests/bench/run [--quick] [--samples=N] [--rounds=N] [--idle=SECONDS] [--endings=N] [--node-api]"
+        "{argument}: not known; tests/bench/run [--quick] [--samples=N] [--rounds=N] [--idle=SECONDS] [--endings=N] [--node-api] [--pods]"
     );
     std::process::exit(2);
 }

@@ -61,6 +61,14 @@ pub fn idle(report: &mut Report, pilot: &Pilot, seconds: u64) {
     report.push(Figure::number("idle writes of anything else", "a minute", others).at_most(1.0));
 }
 
+/// The share of a core, in percent, that guardian and pilot take for so long.
+pub fn processor_share(pilot: &Pilot, time: Duration) -> f64 {
+    let stages = [pilot.stages("run"), pilot.stages("pilot")].concat();
+    let before = processor_time(&stages);
+    std::thread::sleep(time);
+    (processor_time(&stages) - before).as_secs_f64() / time.as_secs_f64() * 100.0
+}
+
 /// By the processes' own clocks, which the kernel keeps in nanoseconds; threads that have ended are in them.
 fn processor_time(processes: &[i32]) -> Duration {
     let of = |pid: &i32| {

@@ -7,8 +7,14 @@ use serde_json::Value;
 use crate::harness::{bed, read};
 
 /// Parts of a Pod that are the scheduler's or that of kinds of volumes which are named whole.
-const WHOLE: [&str; 6] =
-    ["Affinity", "Toleration", "TopologySpreadConstraint", "PodResourceClaim", "PodSchedulingGroup", "VolumeProjection"];
+const WHOLE: [&str; 6] = [
+    "Affinity",
+    "Toleration",
+    "TopologySpreadConstraint",
+    "PodResourceClaim",
+    "PodSchedulingGroup",
+    "VolumeProjection",
+];
 
 const PREFIX: &str = "io.k8s.api.core.v1.";
 
@@ -26,7 +32,8 @@ fn the_docs_name_every_field_of_a_pod() {
         if !seen.insert(kind.clone()) {
             continue;
         }
-        let fields = schemas[format!("{PREFIX}{kind}")]["properties"].as_object().cloned().unwrap_or_default();
+        let fields =
+            schemas[format!("{PREFIX}{kind}")]["properties"].as_object().cloned().unwrap_or_default();
         assert!(!fields.is_empty(), "{kind} has no fields");
         for (field, schema) in fields {
             let known = named.iter().any(|name| *name == field || name.starts_with(&format!("{field}:")));
