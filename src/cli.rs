@@ -20,6 +20,7 @@ use self::values::{
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
 use crate::pod::expansion::Expand;
+use crate::pod::images::{self, Images};
 
 /// What is logged where somebody reads it afterwards.
 const NORMAL: &str = "info";
@@ -145,6 +146,9 @@ pub struct PodArgs {
     /// What is replaced in args and env values.
     #[arg(long, env = "JIRIAF_EXPAND", value_enum, default_value = "jiriaf")]
     pub expand: ExpandArg,
+    /// A table of images: what a container does whose image names none of its volumeMounts (docs/reference.md, Images).
+    #[arg(long, env = "JIRIAF_IMAGES", value_parser = images::load, value_name = "FILE")]
+    pub images: Option<Images>,
 }
 
 /// Settings of `play`.
@@ -374,6 +378,9 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--kill-wait", "2"], "--kill-wait"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
+            (vec!["jiriaf-pilot", "run", "--images", "/nonexistent"], "--images"),
+            (vec!["jiriaf-pilot", "play", "--images", "Cargo.toml", "x"], "--images"),
+            (vec!["jiriaf-pilot", "check", "--images", "Cargo.toml"], "--images"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();
