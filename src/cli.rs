@@ -20,6 +20,7 @@ use self::values::{
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
 use crate::pod::expansion::Expand;
+use crate::pod::images::{self, Images};
 
 /// What is logged where somebody reads it afterwards.
 const NORMAL: &str = "info";
@@ -149,6 +150,9 @@ pub struct PodArgs {
     /// crashLoopBackOff.maxContainerRestartPeriod).
     #[arg(long, env = "JIRIAF_CRASH_LOOP_BACK_OFF_MAX", value_parser = parse_back_off, default_value = "5m", value_name = "DURATION")]
     pub crash_loop_back_off_max: Duration,
+    /// A table of images: what a container does whose image names none of its volumeMounts (docs/reference.md, Images).
+    #[arg(long, env = "JIRIAF_IMAGES", value_parser = images::load, value_name = "FILE")]
+    pub images: Option<Images>,
 }
 
 /// Settings of `play`.
@@ -378,6 +382,9 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--kill-wait", "2"], "--kill-wait"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
+            (vec!["jiriaf-pilot", "run", "--images", "/nonexistent"], "--images"),
+            (vec!["jiriaf-pilot", "play", "--images", "Cargo.toml", "x"], "--images"),
+            (vec!["jiriaf-pilot", "check", "--images", "Cargo.toml"], "--images"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();

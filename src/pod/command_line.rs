@@ -19,28 +19,37 @@ pub fn argv(
     env: &ContainerEnv,
     expand: Expand,
 ) -> Result<Vec<String>, ConfigError> {
+    let command = container.command.as_deref().unwrap_or_default();
+    let command = if command.iter().all(String::is_empty) { &[] } else { command };
+    let mut argv = expand_all("command", command, env, Expand::Kubernetes)?;
+    argv.push(script.to_owned());
+    argv.extend(expand_all("args", container.args.as_deref().unwrap_or_default(), env, expand)?);
+    Ok(argv)
+}
+
+/// Replaces the references in each of `texts`; `what` they are is for the message.
+///
+/// # Errors
+/// When one grows out of bounds or holds a NUL byte.
+pub fn expand_all(
+    what: &str,
+    texts: &[String],
+    env: &ContainerEnv,
+    mode: Expand,
+) -> Result<Vec<String>, ConfigError> {
     let declared = |name: &str| env.get_declared(name).map(str::to_owned);
     let environment = |name: &str| env.get(name).map(str::to_owned);
     let values = Values { declared: &declared, environment: &environment, home: env.get("HOME") };
-    let expanded = |what: &str, texts: &[String], mode: Expand| -> Result<Vec<String>, ConfigError> {
-        texts
-            .iter()
-            .map(|text| {
-                if text.contains('\0') {
-                    return Err(ConfigError::Nul(what.to_owned()));
-                }
-                expansion::expand(text, mode, &values)
-                    .map_err(|source| ConfigError::TooLong { what: what.to_owned(), source })
-            })
-            .collect()
-    };
-
-    let command = container.command.as_deref().unwrap_or_default();
-    let command = if command.iter().all(String::is_empty) { &[] } else { command };
-    let mut argv = expanded("command", command, Expand::Kubernetes)?;
-    argv.push(script.to_owned());
-    argv.extend(expanded("args", container.args.as_deref().unwrap_or_default(), expand)?);
-    Ok(argv)
+    texts
+        .iter()
+        .map(|text| {
+            if text.contains('\0') {
+                return Err(ConfigError::Nul(what.to_owned()));
+            }
+            expansion::expand(text, mode, &values)
+                .map_err(|source| ConfigError::TooLong { what: what.to_owned(), source })
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::api::Api;
 use super::directory::ProcessIdentity;
 use super::events::Events;
 use super::expansion::Expand;
+use super::images::Images;
 use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
@@ -93,6 +94,8 @@ pub struct Context {
     pub inherited: Vec<(String, String)>,
     /// What is replaced in args and env values.
     pub expand: Expand,
+    /// What containers do whose image is no script of theirs.
+    pub images: Images,
     /// What the Node offers, for resourceFieldRef.
     pub allocatable: BTreeMap<String, Quantity>,
     /// When the pods will be ended, where that is known.

@@ -137,6 +137,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
             &args.pass_env,
         ),
         expand: args.expand.into(),
+        images: args.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
         drain,
         draining: draining_rx,

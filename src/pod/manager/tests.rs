@@ -58,6 +58,7 @@ fn case() -> Case {
         },
         inherited: Vec::new(),
         expand: Expand::default(),
+        images: Default::default(),
         allocatable: BTreeMap::new(),
         drain,
         draining: draining_rx,

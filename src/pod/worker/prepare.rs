@@ -18,6 +18,7 @@ use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
     Additions, ConfigError, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
 };
+use crate::pod::images;
 use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
@@ -114,6 +115,12 @@ pub enum SpecError {
     /// Its image names no script.
     #[error("{0}")]
     Image(#[from] ImageError),
+    /// Nor is it one of the pilot's table.
+    #[error("{0}")]
+    Missing(#[from] images::Missing),
+    /// It is one, and yet there is nothing to start.
+    #[error("{0}")]
+    Run(#[from] images::RunError),
     /// Its environment or command line cannot be made.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -124,6 +131,8 @@ impl SpecError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Image(_) => ImageError::REASON,
+            Self::Missing(missing) => missing.reason(),
+            Self::Run(error) => error.reason(),
             Self::Config(_) => ConfigError::REASON,
         }
     }
@@ -133,7 +142,8 @@ impl SpecError {
         match self {
             // The files come from ConfigMaps and Secrets; the names from the pod, whose change is seen.
             Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
-            Self::Image(ImageError::NoMount { .. }) => false,
+            Self::Image(ImageError::NoMount { .. }) | Self::Missing(_) => false,
+            Self::Run(error) => matches!(error, images::RunError::Config(_)),
         }
     }
 }
@@ -409,7 +419,15 @@ pub fn spec(
         return Err(ConfigError::ContainerNotFound(name.to_owned()).into());
     };
     let container = container.as_ref();
-    let script = script.clone()?;
+    let image = container.image.as_deref().unwrap_or_default();
+    let script = match script {
+        // An image that is no volumeMount of the container's may be one of the pilot's table.
+        Err(ImageError::NoMount { .. }) => {
+            let mounts = container.volume_mounts.iter().flatten().map(|mount| mount.name.clone());
+            Err(context.images.find(image, mounts)?)
+        }
+        script => Ok(script.clone()?),
+    };
     let own = container_dir(&prepared.directory, &container.name);
     let drain = *context.drain.borrow();
     let mark = format!(
@@ -434,15 +452,24 @@ pub fn spec(
         additions: &additions,
         expand: context.expand,
     })?;
-    let argv = argv(container, &script.display().to_string(), &env, context.expand)?;
-    let working_dir = match container.working_dir.as_deref().filter(|dir| !dir.is_empty()) {
+    let (argv, vars, contained) = match script {
+        Ok(script) => {
+            let script = script.display().to_string();
+            (argv(container, &script, &env, context.expand)?, env.vars, false)
+        }
+        Err(found) => {
+            let run = images::run(&found, container, &env, &images::binds(container, &own))?;
+            (run.argv, run.env, run.contained)
+        }
+    };
+    let working_dir = match container.working_dir.as_deref().filter(|dir| !dir.is_empty() && !contained) {
         Some(dir) if Path::new(dir).is_absolute() => PathBuf::from(dir),
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
     let spec = ContainerSpec {
         argv,
-        env: env.vars,
+        env: vars,
         working_dir,
         log: own.join("logs").join(format!("{restart}.log")),
         container_dir: own,

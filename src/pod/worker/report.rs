@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
 use super::{Container, DELETE_RETRY, Note, Worker};
+use crate::pod::containers;
 use crate::pod::context::on_disk;
 use crate::pod::directory;
 use crate::pod::outcome::Outcome;
@@ -30,7 +31,7 @@ impl Worker {
                     state: record.state,
                     last: record.last,
                     restart_count: if due { record.restart.saturating_sub(1) } else { record.restart },
-                    image_id: String::new(),
+                    image_id: self.image_id(&container.name),
                     again: record.again && self.stop.is_none(),
                     started: record.started,
                     ready: record.ready,
@@ -50,6 +51,12 @@ impl Worker {
             ending: ending.as_ref(),
             now: Timestamp::now(),
         })
+    }
+
+    /// What runs in the place of the container's image; nothing where it is a script.
+    fn image_id(&self, container: &str) -> String {
+        let found = containers::find(&self.record.pod, container);
+        found.map(|(_, container)| self.context.images.id(&container)).unwrap_or_default()
     }
 
     /// Sends the status as it is now, and returns it; none while nobody is to be told.

@@ -110,6 +110,7 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
         places: begun.places.clone(),
         inherited: environment::inherited(variables, &args.pods.pass_env),
         expand: args.pods.expand.into(),
+        images: args.pods.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
         drain: begun.drain.clone(),
         draining,
