@@ -19,6 +19,7 @@ mod exec;
 mod forward;
 mod full_disk;
 mod grant;
+mod health;
 mod hooks;
 mod identity;
 mod images;

@@ -1,4 +1,4 @@
-//! Probes: what a container is, by what it answers. The rules of thresholds are tested in src/pod/probe.
+//! What probes of each kind ask, and what their events say. The rules of thresholds are tested in src/pod/probe.
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,8 @@ fn restarts(namespace: &Namespace, pod: &str) -> Value {
 fn a_liveness_probe_that_fails_starts_the_container_again_and_says_why() {
     let namespace = Namespace::new("liveness");
     let pilot = Pilot::local(Options::new("liveness"), 600);
-    namespace.config_map("p", &[("run.sh", "echo run >>$JIRIAF_POD_DIR/runs; while :; do sleep 0.2; done\n")]);
+    namespace
+        .config_map("p", &[("run.sh", "echo run >>$JIRIAF_POD_DIR/runs; while :; do sleep 0.2; done\n")]);
     let mut probed = container("c1", "p");
     // The first run fails once the second probe is over; later ones live.
     let command = "n=$(wc -l <$JIRIAF_POD_DIR/runs); echo \"run $n is $WORD\"; [ $n -gt 1 ]";
@@ -45,7 +46,8 @@ fn a_program_that_is_too_slow_is_killed_and_a_startup_probe_holds_liveness_back(
     let slow = "echo $$ >>$JIRIAF_POD_DIR/slow; exec sleep 600";
     probed["startupProbe"] =
         json!({"exec": {"command": ["sh", "-c", slow]}, "periodSeconds": 1, "failureThreshold": 2});
-    probed["livenessProbe"] = json!({"exec": {"command": ["sh", "-c", "touch $JIRIAF_POD_DIR/asked"]}, "periodSeconds": 1});
+    probed["livenessProbe"] =
+        json!({"exec": {"command": ["sh", "-c", "touch $JIRIAF_POD_DIR/asked"]}, "periodSeconds": 1});
     let mut spec = pod_spec("Never", &[probed]);
     spec["terminationGracePeriodSeconds"] = json!(2);
     namespace.pod_on(&pilot, "p", spec);
@@ -59,7 +61,9 @@ fn a_program_that_is_too_slow_is_killed_and_a_startup_probe_holds_liveness_back(
     assert_eq!(live.count(), 0, "{slow:?}");
     wait_until("an event says why", seconds(10), || {
         events(&namespace, "p").iter().any(|(reason, message)| {
-            reason == "Unhealthy" && message.starts_with("Startup probe failed: command timed out: ") && message.ends_with(" timed out after 1s")
+            reason == "Unhealthy"
+                && message.starts_with("Startup probe failed: command timed out: ")
+                && message.ends_with(" timed out after 1s")
         })
     });
 }
@@ -69,11 +73,14 @@ fn a_server_is_asked_at_the_hosts_loopback_address() {
     let namespace = Namespace::new("probe-http");
     let pilot = Pilot::local(Options::new("probe-http"), 600);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let script = format!("mkdir www; echo well >www/healthz; cd www; exec python3 -m http.server --bind 127.0.0.1 {port}\n");
+    let script = format!(
+        "mkdir www; echo well >www/healthz; cd www; exec python3 -m http.server --bind 127.0.0.1 {port}\n"
+    );
     namespace.config_map("p", &[("run.sh", &script)]);
     let mut probed = container("c1", "p");
     probed["ports"] = json!([{"name": "web", "containerPort": port}]);
-    probed["startupProbe"] = json!({"tcpSocket": {"port": "web"}, "periodSeconds": 1, "failureThreshold": 30});
+    probed["startupProbe"] =
+        json!({"tcpSocket": {"port": "web"}, "periodSeconds": 1, "failureThreshold": 30});
     probed["livenessProbe"] = json!({"httpGet": {"path": "/healthz", "port": "web"}, "periodSeconds": 1, "failureThreshold": 1,
         "terminationGracePeriodSeconds": 1});
     namespace.pod_on(&pilot, "p", pod_spec("Always", &[probed]));
@@ -85,7 +92,8 @@ fn a_server_is_asked_at_the_hosts_loopback_address() {
     wait_until("it is started again", seconds(30), || restarts(&namespace, "p") == 1);
     wait_until("an event says why", seconds(10), || {
         events(&namespace, "p").iter().any(|(reason, message)| {
-            reason == "Unhealthy" && message == "Liveness probe failed: HTTP probe failed with statuscode: 404"
+            reason == "Unhealthy"
+                && message == "Liveness probe failed: HTTP probe failed with statuscode: 404"
         })
     });
 }
