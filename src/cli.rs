@@ -19,6 +19,7 @@ use self::values::{
 };
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
+use crate::guardian::RESTARTED;
 use crate::pod::expansion::Expand;
 use crate::pod::images::{self, Images};
 
@@ -151,7 +152,7 @@ pub struct PodArgs {
     #[arg(long, env = "JIRIAF_CRASH_LOOP_BACK_OFF_MAX", value_parser = parse_back_off, default_value = "5m", value_name = "DURATION")]
     pub crash_loop_back_off_max: Duration,
     /// A table of images: what a container does whose image names none of its volumeMounts (docs/reference.md, Images).
-    #[arg(long, env = "JIRIAF_IMAGES", value_parser = images::load, value_name = "FILE")]
+    #[arg(long, env = "JIRIAF_IMAGES", value_parser = load_images, value_name = "FILE")]
     pub images: Option<Images>,
 }
 
@@ -304,6 +305,18 @@ fn parse(args: Vec<OsString>) -> Cli {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     }
+}
+
+/// Reads `--images`. A pilot that was started again after a crash has containers to take up, whatever has become of the
+/// file since.
+fn load_images(file: &str) -> Result<Images, String> {
+    images::load(file).or_else(|error| match std::env::var_os(RESTARTED) {
+        None => Err(error),
+        Some(_) => {
+            eprintln!("warning: invalid value '{file}' for '--images': {error}; no image is run by it");
+            Ok(Images::default())
+        }
+    })
 }
 
 /// Runs a command that waits for others, on one thread.

@@ -151,3 +151,14 @@ fn a_bad_table_is_named_with_its_line_before_anything_is_done() {
         assert!(["--images", "colour", "line 3"].iter().all(|word| said.contains(word)), "{said}");
     }
 }
+
+#[test]
+fn check_misses_apptainer_where_the_table_wants_it() {
+    let site = Site::new();
+    let said =
+        |site: &Site| String::from_utf8(site.pilot(&["check", "--images", "images.yaml"]).stdout).unwrap();
+    let there = site.path().join("bin/apptainer");
+    assert!(said(&site).contains(there.to_str().unwrap()), "{}", said(&site));
+    fs::remove_file(there).unwrap();
+    assert!(said(&site).contains("apptainer is not in PATH"), "{}", said(&site));
+}

@@ -62,7 +62,7 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
         args.node_name.clone().unwrap_or_default()
     });
     findings.extend(host::allocation(args, &granted, end.as_ref(), now));
-    findings.extend(host::tools(&env, granted.batch));
+    findings.extend(host::tools(&env, granted.batch, args.pods.images.as_ref()));
     findings.push(host::port(args));
 
     let home = env.filled("HOME").map(PathBuf::from);

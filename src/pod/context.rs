@@ -17,6 +17,7 @@ use super::images::Images;
 use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
+use super::services::Services;
 use crate::container::{Session, Supervisors};
 use crate::pilot_metrics::PilotMetrics;
 
@@ -82,6 +83,8 @@ pub struct Context {
     pub api: Api,
     /// Where events go.
     pub events: Events,
+    /// The Services that containers are told of.
+    pub services: Services,
     /// Starts containers.
     pub supervisors: Arc<Supervisors>,
     /// What survives a crash.

@@ -20,6 +20,7 @@ pub mod publisher;
 pub mod quantity;
 pub mod record;
 pub mod roster;
+pub mod services;
 pub mod session;
 pub mod source;
 pub mod status;

@@ -88,6 +88,7 @@ fn each_right_that_is_missing_is_named_with_what_cannot_be_done_without_it() {
             &format!("may not get configmaps in namespace {}: pods there get no scripts", namespace.name),
         ),
         ("FAIL", "may not update leases.coordination.k8s.io in namespace kube-node-lease: "),
+        ("warn", "may not watch services in namespace default: containers get no variables for Services"),
     ] {
         line(&said, verdict, "rights", words);
     }

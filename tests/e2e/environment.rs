@@ -141,3 +141,113 @@ fn a_token_that_is_denied_is_left_out_and_an_event_says_so() {
         })
     });
 }
+
+/// A pod that writes its environment down; what it saw, by name.
+fn environment_of(namespace: &Namespace, pilot: &Pilot, name: &str, links: bool) -> Vec<String> {
+    let mut sees = container("c1", "script");
+    sees["env"] = json!([{"name": "URL", "value": "tcp://$(DB_MAIN_SERVICE_HOST):$(DB_MAIN_SERVICE_PORT_WIRE)"},
+        {"name": "DB_MAIN_PORT_5432_TCP_ADDR", "value": "mine"}]);
+    let mut spec = pod_spec("Never", &[sees]);
+    spec["enableServiceLinks"] = json!(links);
+    namespace.pod_on(pilot, name, spec);
+    namespace.wait_phase(name, "Succeeded", seconds(30));
+    let seen = read(&pilot.pod_directory(name).join("containers/c1/seen"));
+    seen.split('\0').map(str::to_owned).collect()
+}
+
+#[test]
+fn a_container_is_told_of_the_services_of_its_namespace() {
+    let namespace = Namespace::new("services");
+    let pilot = Pilot::local(Options::new("services").env("KUBERNETES_SERVICE_HOST", "of-the-pilot"), 600);
+    let service = |name: &str, more: serde_json::Value| {
+        let mut spec = json!({"ports": [{"name": "wire", "port": 5432, "protocol": "TCP"}]});
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        namespace.of("services").create(&json!({"metadata": {"name": name}, "spec": spec}))
+    };
+    let made = service("db-main", json!({}));
+    service("headless", json!({"clusterIP": "None"}));
+    namespace.config_map("script", &[("run.sh", "env -0 >seen\n")]);
+    let ip = made["spec"]["clusterIP"].as_str().unwrap();
+    let api_server = api::namespaced("default", "services").get("kubernetes").unwrap();
+    let host = format!("KUBERNETES_SERVICE_HOST={}", api_server["spec"]["clusterIP"].as_str().unwrap());
+
+    let seen = environment_of(&namespace, &pilot, "p1", true);
+    for wanted in [
+        format!("DB_MAIN_SERVICE_HOST={ip}"),
+        "DB_MAIN_SERVICE_PORT=5432".to_owned(),
+        "DB_MAIN_SERVICE_PORT_WIRE=5432".to_owned(),
+        format!("DB_MAIN_PORT=tcp://{ip}:5432"),
+        format!("DB_MAIN_PORT_5432_TCP=tcp://{ip}:5432"),
+        "DB_MAIN_PORT_5432_TCP_PROTO=tcp".to_owned(),
+        // The pod's own come first.
+        "DB_MAIN_PORT_5432_TCP_ADDR=mine".to_owned(),
+        format!("URL=tcp://{ip}:5432"),
+        host.clone(),
+    ] {
+        assert!(seen.contains(&wanted), "{wanted} is not in {seen:#?}");
+    }
+    assert!(!seen.iter().any(|line| line.starts_with("HEADLESS_")), "{seen:#?}");
+
+    let seen = environment_of(&namespace, &pilot, "p2", false);
+    assert!(seen.contains(&host), "{seen:#?}");
+    assert!(!seen.iter().any(|line| line.starts_with("DB_MAIN_SERVICE")), "{seen:#?}");
+    // A kubelet's $(NAME) stays where it names nothing.
+    assert!(seen.iter().any(|line| line.starts_with("URL=tcp://$(DB_MAIN_SERVICE_HOST)")), "{seen:#?}");
+
+    // What comes and goes later is known too.
+    service("later", json!({}));
+    namespace.of("services").delete("db-main", None);
+    let mut number = 2;
+    wait_until("a pod is told of the new Service and not of the old one", seconds(60), || {
+        number += 1;
+        let seen = environment_of(&namespace, &pilot, &format!("p{number}"), true);
+        let has = |name: &str| seen.iter().any(|line| line.starts_with(name));
+        has("LATER_SERVICE_HOST=") && !has("DB_MAIN_SERVICE_HOST=")
+    });
+}
+
+#[test]
+fn a_variable_comes_from_a_file_that_another_container_writes() {
+    let namespace = Namespace::new("env-file");
+    let pilot = Pilot::local(Options::new("env-file"), 600);
+    let key = |name: &str, optional: bool| {
+        json!({"name": name, "valueFrom": {"fileKeyRef":
+            {"volumeName": "shared", "path": "made/env", "key": name, "optional": optional}}})
+    };
+    let mount = json!({"name": "shared", "mountPath": "shared"});
+    let with_shared = |mut container: serde_json::Value| {
+        container["volumeMounts"].as_array_mut().unwrap().push(mount.clone());
+        container
+    };
+    namespace.config_map("writes", &[("run.sh", "mkdir shared/made; while [ ! -e go ]; do sleep 0.1; done\nprintf \"# ours\\nNAME='a \\$HOME\\nb' # c\\n\" >shared/new; mv shared/new shared/made/env\n")]);
+    namespace.config_map("reads", &[("run.sh", "printf %s \"$NAME\" >seen; [ -z \"${NONE+x}\" ]\n")]);
+    let mut reads = with_shared(container("reads", "reads"));
+    reads["env"] = json!([key("NAME", false), key("NONE", true)]);
+    let mut spec = pod_spec("Never", &[with_shared(container("writes", "writes")), reads]);
+    for volume in spec["volumes"].as_array_mut().unwrap() {
+        if volume["name"] == "shared" {
+            *volume = json!({"name": "shared", "emptyDir": {}});
+        }
+    }
+    namespace.pod_on(&pilot, "p", spec);
+    let waiting = wait_until_waiting(&namespace, "p", "reads");
+    assert!(waiting.starts_with("couldn't parse env file"), "{waiting}");
+    let containers = pilot.pod_directory("p").join("containers");
+    std::fs::write(containers.join("writes/go"), "").unwrap();
+    namespace.wait_phase("p", "Succeeded", seconds(60));
+    assert_eq!(read(&containers.join("reads/seen")), "a $HOME\nb");
+}
+
+/// The message of a container that waits with CreateContainerConfigError.
+fn wait_until_waiting(namespace: &Namespace, pod: &str, container: &str) -> String {
+    let mut message = String::new();
+    wait_until("the container waits", seconds(30), || {
+        let pod = namespace.pod(pod).unwrap_or_default();
+        let statuses = pod["status"]["containerStatuses"].as_array().cloned().unwrap_or_default();
+        let status = statuses.iter().find(|status| status["name"] == container);
+        let waiting = status.map(|status| status["state"]["waiting"].clone()).unwrap_or_default();
+        message = waiting["message"].as_str().unwrap_or_default().to_owned();
+        waiting["reason"] == "CreateContainerConfigError"
+    });
+    message
+}

@@ -8,14 +8,19 @@ use crate::allocation::{Allocation, BatchSystem, Deadline, Environment, TimeLimi
 use crate::cli::RunArgs;
 use crate::commands::run::setup::take_port;
 use crate::drain;
+use crate::pod::images::Images;
 
 /// Less memory than this (bytes) holds the pilot and a few supervisors, and no work.
 const LITTLE_MEMORY: u64 = 64 << 20;
 
 /// The programs that the pilot or nearly every pod calls.
-pub fn tools(env: &Environment, batch: BatchSystem) -> Vec<Finding> {
+pub fn tools(env: &Environment, batch: BatchSystem, images: Option<&Images>) -> Vec<Finding> {
     let unknown = "the job's limit is not followed when it changes, and may not be known at all";
     let mut wanted = vec![("bash", env.find_program("bash"), "pods whose command is bash do not start")];
+    if images.is_some_and(Images::want_apptainer) {
+        let lack = "containers that the table of images runs by it do not start";
+        wanted.push(("apptainer", env.find_program("apptainer"), lack));
+    }
     match batch {
         BatchSystem::Slurm => {
             wanted.push(("squeue", env.find_program("squeue"), unknown));

@@ -11,6 +11,7 @@ use k8s_openapi::api::authorization::v1::{
 use kube::api::PostParams;
 
 use super::finding::{Finding, Verdict};
+use crate::pod::services::MOST_WATCHES;
 
 /// Longest wait for one review.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -169,6 +170,7 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
     ] {
         rights.push(Right::new("create", group, resource).without(Verdict::Warn, without));
     }
+    rights.extend(services(namespaces));
     let assumed = ["default".to_owned()];
     let (namespaces, lack, mend) = if namespaces.is_empty() {
         (&assumed[..], Verdict::Warn, GRANT_OR_NAME)
@@ -187,6 +189,22 @@ pub fn needed(node: &str, namespaces: &[String]) -> Vec<Right> {
         );
     }
     rights
+}
+
+/// What the watches of Services want ([`crate::pod::services`]).
+fn services(namespaces: &[String]) -> Vec<Right> {
+    let right = |verb| {
+        Right::new(verb, "", "services").without(Verdict::Warn, "containers get no variables for Services")
+    };
+    let verbs = ["list", "watch"].into_iter();
+    if namespaces.is_empty() || namespaces.len() > MOST_WATCHES {
+        return verbs.map(right).collect();
+    }
+    let everywhere = !namespaces.iter().any(|name| name == "default");
+    let api_server = |verb| everywhere.then(|| right(verb).within("default").named("kubernetes"));
+    verbs
+        .flat_map(|verb| namespaces.iter().map(move |name| right(verb).within(name)).chain(api_server(verb)))
+        .collect()
 }
 
 /// What a bootstrap token is for.
@@ -330,6 +348,33 @@ mod tests {
         assert_eq!(named.len(), 2);
         assert_eq!(named[1].verdict, Verdict::Fail);
         assert!(named[1].value.contains("get configmaps in namespace b"), "{}", named[1].value);
+    }
+
+    #[test]
+    fn services_are_wanted_where_they_are_watched() {
+        let lack = |namespaces: &[&str]| -> Vec<String> {
+            let namespaces: Vec<String> = namespaces.iter().map(|name| (*name).to_owned()).collect();
+            let answers = answered(needed("n1", &namespaces), |right| right.resource != "services");
+            let findings = judge_needed(&answers, false);
+            assert!(findings.iter().all(|finding| finding.verdict == Verdict::Warn));
+            findings
+                .into_iter()
+                .filter_map(|finding| Some(finding.value.split_once(": ")?.0.to_owned()))
+                .collect()
+        };
+        assert_eq!(
+            lack(&[]),
+            ["may not list services (cluster-wide)", "may not watch services (cluster-wide)"]
+        );
+        assert_eq!(
+            lack(&["a"])[..2],
+            ["may not list services in namespace a", "may not list services in namespace default"]
+        );
+        assert_eq!(lack(&["default"]).len(), 2);
+        assert_eq!(
+            lack(&["1", "2", "3", "4", "5", "6", "7", "8", "9"])[0],
+            "may not list services (cluster-wide)"
+        );
     }
 
     #[test]

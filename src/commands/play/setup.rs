@@ -27,6 +27,7 @@ use crate::pod::environment;
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
+use crate::pod::services::Services;
 use crate::pod::source::PodEvent;
 
 /// Statuses, pods and lines that may wait; whoever sends waits for room.
@@ -120,6 +121,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
     let context = Arc::new(Context {
         api: Api::Files(Files::new(manifests.config_maps.clone(), manifests.secrets.clone(), statuses_tx)),
         events: Events::to_log(),
+        services: Services::default(),
         supervisors: Arc::new(supervisors),
         records,
         identity: Identity {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret};
 
-use super::{ConfigError, Facts, Objects, Vars, field_value, resource_value};
+use super::{ConfigError, EnvFiles, Facts, Objects, Vars, field_value, resource_value};
 use crate::pod::expansion::{self, Expand, Values};
 
 /// What the pilot adds to every container. A Pod's own variable of the same name wins, but for the mark.
@@ -40,6 +40,10 @@ pub struct EnvInput<'a> {
     pub additions: &'a Additions,
     /// Which references in `env` are replaced.
     pub expand: Expand,
+    /// The variables of the Services that the pod is told of.
+    pub services: &'a BTreeMap<String, String>,
+    /// What the files of `fileKeyRef`s hold.
+    pub files: &'a EnvFiles,
 }
 
 /// The environment of one container.
@@ -47,8 +51,8 @@ pub struct EnvInput<'a> {
 pub struct ContainerEnv {
     /// All of it, each name once, in name order.
     pub vars: Vars,
-    /// What `$(NAME)` in `command` and `args` may name: the Pod's variables and the pilot's additions, not
-    /// what is inherited from the batch job.
+    /// What `$(NAME)` in `command` and `args` may name: the Pod's variables, those of Services and the pilot's
+    /// additions, not what is inherited from the batch job.
     pub declared: Vars,
     /// What of `envFrom` was left out, for an event.
     pub skipped: Vec<Skipped>,
@@ -134,7 +138,7 @@ pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> 
                 None => continue,
             },
             (text, _) => {
-                let set = |name: &str| declared.get(name).cloned();
+                let set = |name: &str| declared.get(name).or_else(|| input.services.get(name)).cloned();
                 let all =
                     |name: &str| set(name).or_else(|| inherited.get(name).map(|value| (*value).to_owned()));
                 let home = all("HOME");
@@ -146,6 +150,10 @@ pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> 
             }
         };
         declared.insert(var.name.clone(), value);
+    }
+    // The pod's own variables come first; what the pilot itself has of such names is of another cluster.
+    for (name, value) in input.services {
+        declared.entry(name.clone()).or_insert_with(|| value.clone());
     }
     // The mark finds what is left of a container: no Pod may take it away.
     declared.insert("JIRIAF_CONTAINER".to_owned(), input.additions.mark.clone());
@@ -229,6 +237,9 @@ fn from_source(
     }
     if let Some(selector) = &source.resource_field_ref {
         return resource_value(selector, input.pod, Some(input.container), input.facts).map(Some);
+    }
+    if let Some(file) = &source.file_key_ref {
+        return input.files.value(&file.volume_name, &file.path, &file.key, file.optional == Some(true));
     }
     if let Some(key) = &source.config_map_key_ref {
         let Some(object) = config_map(&key.name, key.optional, input.objects)? else { return Ok(None) };

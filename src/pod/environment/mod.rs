@@ -1,8 +1,10 @@
 //! The environment of a container: the pilot's own, less what is secret or would mislead, then the Pod's.
 
 mod container;
+mod env_files;
 mod fields;
 mod references;
+mod services;
 #[cfg(test)]
 mod tests;
 
@@ -12,8 +14,10 @@ use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 pub use container::{Additions, ContainerEnv, EnvInput, Skipped, container_env};
+pub use env_files::EnvFiles;
 pub use fields::{field_value, resource_value};
 pub use references::{References, TokenRef, references};
+pub use services::{Service, ServicePort, service_variables};
 
 /// Names and values, each name once, in name order.
 pub type Vars = Vec<(String, String)>;
@@ -90,9 +94,20 @@ pub enum ConfigError {
     Quantity(#[from] super::quantity::QuantityError),
     /// `valueFrom` of a kind that is not supported.
     #[error(
-        "variable {0}: this valueFrom is not supported: wanted configMapKeyRef, secretKeyRef, fieldRef or resourceFieldRef"
+        "variable {0}: this valueFrom is not supported: wanted configMapKeyRef, secretKeyRef, fieldRef, resourceFieldRef or fileKeyRef"
     )]
     Source(String),
+    /// The file of a fileKeyRef cannot be read, or is none of this form; whether the key is optional or not.
+    #[error("couldn't parse env file: {0}")]
+    EnvFile(String),
+    /// The file of a fileKeyRef has no such key, or nothing for it.
+    #[error("environment variable key {key:?} not found in file {file:?}")]
+    EnvFileKey {
+        /// The key that was wanted.
+        key: String,
+        /// Volume and path.
+        file: String,
+    },
     /// A variable (by its name) or a list (`command`, `args`) that no process can be given.
     #[error("{0} holds a NUL byte, which no process can be given: put such data in a file")]
     Nul(String),

@@ -41,13 +41,18 @@ fn made(container: Value, expand: Expand) -> Result<ContainerEnv, ConfigError> {
         inherited: &inherited,
         additions: &additions,
         expand,
+        services: &[("KUBERNETES_SERVICE_HOST".to_owned(), "10.0.0.1".to_owned())].into(),
+        files: &EnvFiles::default(),
     })
 }
 
 /// What the container's variables are beyond what every container has.
 fn own(container: Value) -> Vec<(String, String)> {
     let env = made(container, Expand::Jiriaf).expect("made");
-    env.declared.into_iter().filter(|(name, _)| !name.starts_with("JIRIAF_")).collect()
+    env.declared
+        .into_iter()
+        .filter(|(name, _)| !name.starts_with("JIRIAF_") && !name.starts_with("KUBERNETES_"))
+        .collect()
 }
 
 fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -110,8 +115,9 @@ fn modules_slurm_and_the_users_own_stay() {
 #[test]
 fn the_pilots_variables_stay_and_ours_are_added() {
     let env = made(json!({"env": [{"name": "PATH", "value": "/mine"}]}), Expand::Jiriaf).unwrap();
+    let vars: Vars = env.vars.iter().filter(|(name, _)| !name.starts_with("KUBERNETES_")).cloned().collect();
     assert_eq!(
-        env.vars,
+        vars,
         pairs(&[
             ("HOME", "/home/u"),
             ("JIRIAF_CONTAINER", "n/u/c1/0"),
@@ -271,4 +277,23 @@ proptest! {
             prop_assert!(made.vars.iter().all(|(_, value)| !value.contains('\0')));
         }
     }
+}
+
+#[test]
+fn services_come_last_and_can_be_named() {
+    let env = made(
+        json!({"env": [
+            {"name": "URL", "value": "https://$(KUBERNETES_SERVICE_HOST)/ $KUBERNETES_SERVICE_HOST"},
+            {"name": "KUBERNETES_SERVICE_HOST", "value": "mine"},
+            {"name": "AFTER", "value": "$(KUBERNETES_SERVICE_HOST)"},
+        ]}),
+        Expand::Jiriaf,
+    )
+    .unwrap();
+    assert_eq!(env.get_declared("URL"), Some("https://10.0.0.1/ 10.0.0.1"));
+    assert_eq!([env.get("KUBERNETES_SERVICE_HOST"), env.get("AFTER")], [Some("mine"); 2]);
+    let env = made(json!({}), Expand::Kubernetes).unwrap();
+    // $(NAME) in command and args may name it too.
+    assert_eq!(env.get_declared("KUBERNETES_SERVICE_HOST"), Some("10.0.0.1"));
+    assert_eq!(env.get("KUBERNETES_SERVICE_HOST"), Some("10.0.0.1"));
 }

@@ -95,6 +95,12 @@ fn known(mounts: &[String]) -> String {
 }
 
 impl Images {
+    /// Whether Apptainer is wanted for any image.
+    #[must_use]
+    pub fn want_apptainer(&self) -> bool {
+        self.0.iter().any(|table| table.entries.iter().any(|entry| entry.apptainer.is_some()))
+    }
+
     /// What stands as imageID in the status of a container that runs by the table: Apptainer's image, or `host:` and the
     /// image whose place a program of the host takes. Empty where its image is a script's.
     #[must_use]
@@ -214,6 +220,7 @@ mod tests {
             let image = Some(image.to_owned());
             images.id(&Container { image, volume_mounts: Some(vec![mount]), ..Container::default() })
         };
+        assert!(images.want_apptainer() && !Images::default().want_apptainer());
         assert_eq!(id("bash", "v"), "host:docker.io/library/bash:latest");
         assert_eq!(id("quay.io/o/app:1", "v"), "/i/app.sif");
         // Its own script comes first.

@@ -39,6 +39,7 @@ fn case() -> Case {
     let context = Arc::new(Context {
         api: Api::Files(Files::new([], [], statuses_tx)),
         events: Events::to_log(),
+        services: Default::default(),
         supervisors: Arc::new(Supervisors::new(&within("containers"), "test".to_owned()).unwrap()),
         records: Records::open(&within("pods")).unwrap(),
         identity: Identity {

@@ -25,8 +25,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\
 /// The largest frame that either side may send unasked (SETTINGS_MAX_FRAME_SIZE).
 const FRAME_BYTES: usize = 16_384;
 
-/// An answer is a few bytes; a header block with an error's text some kilobytes.
-const ANSWER_BYTES: usize = 65_535;
+/// An answer is a few bytes; a header block with an error's text some kilobytes (gRPC's own default for it is 8 KiB).
+const ANSWER_BYTES: usize = 16 * 1024;
 
 /// A service's name fits into one frame, with all that is around it.
 const SERVICE_BYTES: usize = 16_000;

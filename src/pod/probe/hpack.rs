@@ -133,6 +133,9 @@ impl<'a> Reader<'a> {
 /// A string from its Huffman codes (section 5.2). It looks each code up by counting: names and values are short.
 fn unpack(bytes: &[u8]) -> Result<Vec<u8>, BadHeaders> {
     let mut text = Vec::new();
+    // How many codes there are of each length.
+    let mut counts = [0u32; LONGEST as usize + 1];
+    LENGTHS.iter().for_each(|length| counts[usize::from(*length)] += 1);
     let (mut code, mut length) = (0u32, 0u8);
     // The first code of this length.
     let mut first = 0u32;
@@ -142,13 +145,13 @@ fn unpack(bytes: &[u8]) -> Result<Vec<u8>, BadHeaders> {
         if length > LONGEST {
             return Err(BadHeaders("a string has a code that is none"));
         }
-        let mut symbols = (0u8..=255).filter(|symbol| LENGTHS[usize::from(*symbol)] == length);
-        let at = (code - first) as usize;
-        if let Some(symbol) = symbols.clone().nth(at) {
-            text.push(symbol);
+        let count = counts[usize::from(length)];
+        if code - first < count {
+            let mut symbols = (0u8..=255).filter(|symbol| LENGTHS[usize::from(*symbol)] == length);
+            text.extend(symbols.nth((code - first) as usize));
             (code, length, first) = (0, 0, 0);
         } else {
-            first += symbols.by_ref().count() as u32;
+            first += count;
         }
     }
     // The rest of the last byte is ones.

@@ -137,3 +137,6 @@ pub(super) fn go_duration(duration: Duration) -> String {
         _ => format!("{hours}h{minutes}m{seconds}s"),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
-    Additions, ConfigError, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
+    Additions, ConfigError, EnvFiles, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
 };
 use crate::pod::images;
 use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
@@ -32,6 +32,8 @@ pub struct Prepared {
     /// What the environment and the volumes are made of.
     objects: Objects,
     facts: Facts,
+    /// The variables of Services.
+    services: BTreeMap<String, String>,
     /// The containers' scripts, by their names.
     scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
     /// What was left out, for an event.
@@ -159,11 +161,15 @@ pub struct Attempt {
 /// Reads the pod's objects and makes its directory and volumes.
 pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Attempt {
     let mut notes = Vec::new();
-    let (objects, directory) =
-        tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
+    let (objects, directory, services) = tokio::join!(
+        read_objects(&context.api, pod, &mut notes),
+        claim(context, pod, known),
+        service_variables(context, pod)
+    );
     match (objects, directory) {
         (Ok(objects), Ok(directory)) => {
             let result = fill(context, pod, directory.clone(), objects, notes).await;
+            let result = result.map(|prepared| Prepared { services, ..prepared });
             Attempt { directory: Some(directory), result }
         }
         (Err(error), Ok(directory)) => Attempt { directory: Some(directory), result: Err(error) },
@@ -197,7 +203,14 @@ async fn fill(
     let home = context.places.home.clone();
     let target = directory.clone();
     blocking(move || write_volumes(&target, &home, &plans)).await??;
-    Ok(Prepared { directory, objects, facts, scripts, notes })
+    let services = BTreeMap::new();
+    Ok(Prepared { directory, objects, facts, services, scripts, notes })
+}
+
+/// What the pod is told of Services; enableServiceLinks is true where nothing is said (core/v1 defaults.go).
+async fn service_variables(context: &Context, pod: &Pod) -> BTreeMap<String, String> {
+    let links = pod.spec.as_ref().and_then(|spec| spec.enable_service_links).unwrap_or(true);
+    context.services.variables(pod.metadata.namespace.as_deref().unwrap_or_default(), links).await
 }
 
 async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<Objects, PrepareError> {
@@ -451,6 +464,8 @@ pub fn spec(
         inherited: &context.inherited,
         additions: &additions,
         expand: context.expand,
+        services: &prepared.services,
+        files: &EnvFiles::read(container, |volume| prepared.directory.join("volumes").join(volume)),
     })?;
     let (argv, vars, contained) = match script {
         Ok(script) => {

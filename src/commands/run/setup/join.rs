@@ -23,6 +23,7 @@ use crate::pod::context::{Context, Identity, Policy, on_disk};
 use crate::pod::directory;
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
+use crate::pod::services::Services;
 use crate::pod::{environment, source};
 
 /// How long a container goes on without a pilot; the guardian has started another one long before.
@@ -95,6 +96,7 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
     Arc::new(Context {
         api: Api::Cluster(Cluster::new(way.client.clone(), draining.clone())),
         events: Events::to_cluster(way.client.clone(), name),
+        services: Services::of_cluster(way.client.clone(), &args.namespaces),
         supervisors: Arc::clone(&begun.supervisors),
         records: begun.records.clone(),
         identity: Identity {
