@@ -57,6 +57,7 @@ impl Bed {
             session: Session::Own,
             oom_score_adj: None,
             open_files: None,
+            no_new_privs: false,
             orphan_timeout: SOON,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -55,6 +55,7 @@ impl Bed {
             session: Session::Own,
             oom_score_adj: None,
             open_files: None,
+            no_new_privs: false,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -77,6 +77,9 @@ pub struct ContainerSpec {
     /// How many descriptors a process may have, where that is not what the pilot has (the soft RLIMIT_NOFILE).
     #[serde(default)]
     pub open_files: Option<u64>,
+    /// Whether no program of it may ever have more rights than it begins with (prctl(2), PR_SET_NO_NEW_PRIVS).
+    #[serde(default)]
+    pub no_new_privs: bool,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -301,6 +304,7 @@ pub(super) struct Launch {
     pub session: Session,
     pub oom_score_adj: Option<i32>,
     pub open_files: Option<u64>,
+    pub no_new_privs: bool,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
 }
@@ -349,6 +353,7 @@ mod tests {
             session: Session::Own,
             oom_score_adj: None,
             open_files: None,
+            no_new_privs: false,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

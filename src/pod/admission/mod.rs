@@ -16,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 pub use load::Load;
 
 use super::quantity::{self, Amount};
+use super::security;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
 
 /// What admission knows of the node.
@@ -122,7 +123,8 @@ fn supported(spec: &PodSpec) -> Result<(), Rejection> {
     {
         "spec.containers[].volumeDevices"
     } else {
-        return Ok(());
+        return security::check(spec, security::Us::now())
+            .or_else(|unsupported| rejected("UnsupportedPodSpec", unsupported.to_string()));
     };
     rejected(
         "UnsupportedPodSpec",

@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 pub use container::{Additions, ContainerEnv, EnvInput, Skipped, container_env};
 pub use fields::{field_value, resource_value};
-pub use references::{References, TokenRef, references};
+pub use references::{References, TokenRef, references, volume_references};
 
 /// Names and values, each name once, in name order.
 pub type Vars = Vec<(String, String)>;

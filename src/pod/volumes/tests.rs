@@ -1,3 +1,7 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, symlink};
+
 use proptest::prelude::*;
 use serde_json::{Value, from_value, json};
 
@@ -33,20 +37,40 @@ fn objects() -> Objects {
     objects
 }
 
+fn ground() -> Ground<'static> {
+    Ground { directory: Path::new("/pods/p"), home: Path::new("/home/u") }
+}
+
 fn planned(pod: &Pod) -> Result<Vec<ContainerPlan>, VolumeError> {
-    plan(pod, &objects(), &Facts::default())
+    Ok(all(pod, &objects(), &ground())?.1)
+}
+
+/// What the volumes come to, and the plans of all containers.
+fn all(
+    pod: &Pod,
+    objects: &Objects,
+    ground: &Ground<'_>,
+) -> Result<(Contents, Vec<ContainerPlan>), VolumeError> {
+    let contents = contents(pod, objects, &Facts::default())?;
+    let plans = containers::of(pod).map(|(_, container)| {
+        let sub_paths = sub_paths(&container, &|_| None).expect("sub paths");
+        plan(&container, &contents, &sub_paths, ground)
+    });
+    let plans = plans.collect::<Result<Vec<_>, _>>()?;
+    Ok((contents, plans))
 }
 
 /// The files of the only container: root, path, mode, contents.
 fn files(pod: &Pod) -> Vec<(Root, String, u32, String)> {
-    let plan = planned(pod).expect("planned").remove(0);
-    plan.files
-        .iter()
-        .map(|file| {
-            let path = file.place.path.to_str().unwrap().to_owned();
-            (file.place.root, path, file.mode, String::from_utf8_lossy(&file.data).into_owned())
-        })
-        .collect()
+    let (contents, mut plans) = all(pod, &objects(), &ground()).expect("planned");
+    let plan = plans.remove(0);
+    let shown = plan.files.iter().map(|file| {
+        let Content::Files(files) = &contents[&file.volume] else { panic!("{file:?}") };
+        let entry = &files[&file.name];
+        let path = file.place.path.to_str().unwrap().to_owned();
+        (file.place.root, path, entry.mode, String::from_utf8_lossy(&entry.data).into_owned())
+    });
+    shown.collect()
 }
 
 fn file(path: &str, mode: u32, data: &str) -> (Root, String, u32, String) {
@@ -72,7 +96,7 @@ fn config_maps_become_files_with_their_modes() {
     assert_eq!(files(&some), [file("etc/x/b", 0o755, "echo b"), file("etc/x/sub/run", 0o600, "echo a")]);
     let plan = planned(&some).unwrap().remove(0);
     let dirs: Vec<_> = plan.dirs.iter().map(|dir| dir.place.path.to_str().unwrap()).collect();
-    assert_eq!(dirs, ["etc", "etc/x", "etc/x/sub"], "each after those above it");
+    assert_eq!(dirs, ["etc", "etc/x"], "each after those above it; what is in a view are links");
 }
 
 #[test]
@@ -129,19 +153,14 @@ fn an_empty_dir_is_shared_and_mounts_beneath_it_go_inside() {
     );
     let plans = planned(&pod).unwrap();
     let place = |root, path: &str| Place { root, path: PathBuf::from(path) };
-    let link = |root, path: &str, target: &str| PlannedLink {
+    let link = |root, path: &str, volume: &str| PlannedLink {
         place: place(root, path),
-        target: PathBuf::from(target),
+        volume: volume.to_owned(),
+        sub: PathBuf::new(),
     };
-    assert_eq!(plans[0].links, [link(Root::Container, "data", "../../volumes/e")]);
+    assert_eq!(plans[0].links, [link(Root::Container, "data", "e")]);
     assert_eq!(plans[0].files[0].place, place(Root::Pod, "volumes/e/conf/s.sh"));
-    assert_eq!(
-        plans[1].links,
-        [
-            link(Root::Container, "a/b", "../../../volumes/e"),
-            link(Root::Pod, "volumes/e/c/d", "../../../volumes/f"),
-        ]
-    );
+    assert_eq!(plans[1].links, [link(Root::Container, "a/b", "e"), link(Root::Pod, "volumes/e/c/d", "f"),]);
     let shared = |plan: &ContainerPlan| -> Vec<(String, u32)> {
         let dirs = plan.dirs.iter().filter(|dir| dir.place.root == Root::Pod);
         dirs.map(|dir| (dir.place.path.to_str().unwrap().to_owned(), dir.mode)).collect()
@@ -149,14 +168,8 @@ fn an_empty_dir_is_shared_and_mounts_beneath_it_go_inside() {
     let wanted = |pairs: &[(&str, u32)]| -> Vec<(String, u32)> {
         pairs.iter().map(|(path, mode)| ((*path).to_owned(), *mode)).collect()
     };
-    assert_eq!(
-        shared(&plans[0]),
-        wanted(&[("volumes", 0o755), ("volumes/e", 0o777), ("volumes/e/conf", 0o755)])
-    );
-    assert_eq!(
-        shared(&plans[1]),
-        wanted(&[("volumes", 0o755), ("volumes/e", 0o777), ("volumes/e/c", 0o755), ("volumes/f", 0o777)])
-    );
+    assert_eq!(shared(&plans[0]), wanted(&[("volumes/e/conf", 0o755)]));
+    assert_eq!(shared(&plans[1]), wanted(&[("volumes/e/c", 0o755)]));
 }
 
 #[test]
@@ -218,7 +231,31 @@ fn what_cannot_be_served_is_refused_by_name() {
     let cm = json!({"name": "v", "configMap": {"name": "cm"}});
     let empty = json!({"name": "v", "emptyDir": {}});
     for (mounts, volumes, wanted) in [
-        (json!([mount("v", "m")]), json!([{"name": "v", "hostPath": {"path": "/"}}]), "kind hostPath"),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "emptyDir": {"medium": "HugePages"}}]),
+            "medium HugePages",
+        ),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "projected": {"sources": [{"clusterTrustBundle": {"path": "x"}}]}}]),
+            "kind projected.clusterTrustBundle",
+        ),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "projected": {"sources": [{"podCertificate": {"keyType": "ED25519", "signerName": "a/b"}}]}}]),
+            "kind projected.podCertificate",
+        ),
+        (
+            json!([mount("v", "/data"), mount("w", "/data/conf")]),
+            json!([{"name": "v", "hostPath": {"path": "/scratch"}}, {"name": "w", "configMap": {"name": "cm"}}]),
+            "beneath the hostPath volume \"v\"",
+        ),
+        (
+            json!([mount("v", "~/x")]),
+            json!([{"name": "v", "hostPath": {"path": "/scratch"}}]),
+            "home directory",
+        ),
         (
             json!([mount("v", "m")]),
             json!([{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]),
@@ -228,7 +265,6 @@ fn what_cannot_be_served_is_refused_by_name() {
         (json!([mount("v", "a/../../b")]), json!([cm]), "holds `..`"),
         (json!([mount("v", "~/..")]), json!([cm]), "holds `..`"),
         (json!([mount("w", "m")]), json!([cm]), "no volume of this name"),
-        (json!([{"name": "v", "mountPath": "m", "subPath": "a.sh"}]), json!([cm]), "subPath"),
         (json!([mount("v", "logs")]), json!([cm]), "logs"),
         (json!([mount("v", "/pgid")]), json!([empty]), "pgid"),
         (json!([mount("v", "~/x")]), json!([empty]), "home directory"),
@@ -259,17 +295,21 @@ fn the_script_is_the_volumes_file() {
     let names = ["v", "w", "e", "tls", "two", "keys"];
     let mounts: Vec<Value> = names.iter().map(|name| mount(name, name)).collect();
     let pod = one(json!(mounts), volumes);
-    let plan = planned(&pod).unwrap().remove(0);
+    let (contents, plans) = all(&pod, &objects(), &ground()).unwrap();
     let chosen = |image: &str| {
-        let container =
-            Container { image: Some(image.to_owned()), ..pod.spec.as_ref().unwrap().containers[0].clone() };
-        let mut plan = plan.clone();
-        script(&container, &mut plan).map(|place| {
-            let file = plan.files.iter().find(|file| file.place == place).unwrap();
-            assert_eq!(file.mode, 0o755, "executable");
-            let others = plan.files.iter().filter(|file| file.place != place);
-            assert!(others.clone().all(|file| file.mode == 0o644), "the others stay");
-            place.path.to_str().unwrap().to_owned()
+        let mut container = pod.spec.as_ref().unwrap().containers[0].clone();
+        container.image = Some(image.to_owned());
+        let mut contents = contents.clone();
+        script(&container, &plans[0], &mut contents).map(|script| {
+            let (volume, name) = script.follows.expect("it follows its volume");
+            for (other, content) in &contents {
+                let Content::Files(files) = content else { continue };
+                for (file, entry) in files {
+                    let wanted = if (other, file) == (&volume, &name) { 0o755 } else { 0o644 };
+                    assert_eq!(entry.mode, wanted, "{other}/{file}");
+                }
+            }
+            script.place.path.to_str().unwrap().to_owned()
         })
     };
     for (image, wanted) in [
@@ -300,15 +340,16 @@ fn the_script_is_the_volumes_file() {
 fn a_script_is_executable_for_its_readers_alone() {
     let volume = json!([{"name": "v", "configMap": {"name": "one", "defaultMode": 0o640}}]);
     let pod = one(json!([mount("v", "v")]), volume);
-    let mut plan = planned(&pod).unwrap().remove(0);
-    script(&pod.spec.as_ref().unwrap().containers[0], &mut plan).unwrap();
-    assert_eq!(plan.files[0].mode, 0o750);
+    let (mut contents, plans) = all(&pod, &objects(), &ground()).unwrap();
+    script(&pod.spec.as_ref().unwrap().containers[0], &plans[0], &mut contents).unwrap();
+    let Content::Files(files) = &contents["v"] else { panic!("{contents:?}") };
+    assert_eq!(files["s.sh"].mode, 0o750);
 }
 
 #[test]
 fn a_files_contents_are_never_shown() {
     let pod = one(json!([mount("v", "v")]), json!([{"name": "v", "secret": {"secretName": "s"}}]));
-    let shown = format!("{:?}", planned(&pod).unwrap());
+    let shown = format!("{:?}", all(&pod, &objects(), &ground()).unwrap());
     assert!(!shown.contains("pass") && !shown.contains("112"), "{shown}");
 }
 
@@ -339,23 +380,271 @@ proptest! {
                 }
             })
             .collect();
-        let Ok(plans) = plan(&one(json!(mounts), json!(volumes)), &objects, &Facts::default()) else {
+        let Ok((_, plans)) = all(&one(json!(mounts), json!(volumes)), &objects, &ground()) else {
             return Ok(());
         };
         for plan in &plans {
             prop_assert!(plan.files.iter().all(|file| beneath(&file.place)));
             prop_assert!(plan.dirs.iter().all(|dir| beneath(&dir.place)));
-            for link in &plan.links {
-                prop_assert!(beneath(&link.place));
-                // From the pod's directory, the link's target is one of its volumes.
-                let depth = link.place.path.components().count() - 1
-                    + if link.place.root == Root::Container { 2 } else { 0 };
-                let ups = link.target.components().filter(|part| part.as_os_str() == "..").count();
-                prop_assert_eq!(ups, depth);
-                let rest: PathBuf = link.target.components().skip(ups).collect();
-                let shared = Place { root: Root::Pod, path: rest };
-                prop_assert!(shared.path.starts_with("volumes") && beneath(&shared));
-            }
+            prop_assert!(plan.links.iter().all(|link| beneath(&link.place)));
+            prop_assert!(plan.views.iter().all(|view| beneath(&view.place)));
+            prop_assert!(plan.mounts.iter().all(|mount| mount.target.is_absolute() && mount.source.is_absolute()));
         }
     }
+}
+
+// ---- on disk ----
+
+/// A pod's directory and a home directory.
+struct Disk {
+    pod: tempfile::TempDir,
+    home: tempfile::TempDir,
+    uid: String,
+}
+
+impl Disk {
+    fn new(uid: &str) -> Self {
+        let new = || tempfile::tempdir().unwrap();
+        Self { pod: new(), home: new(), uid: format!("test-{uid}-{}", std::process::id()) }
+    }
+
+    fn ground(&self) -> Ground<'_> {
+        Ground { directory: self.pod.path(), home: self.home.path() }
+    }
+
+    fn target(&self) -> Target<'_> {
+        Target { ground: self.ground(), uid: &self.uid, group: None }
+    }
+
+    /// Writes what the pod's volumes come to; the containers in `running` run.
+    fn write(
+        &self,
+        pod: &Pod,
+        objects: &Objects,
+        running: &[&str],
+    ) -> Result<(Vec<ContainerPlan>, BTreeMap<String, SubPathError>), String> {
+        let (contents, mut plans) = all(pod, objects, &self.ground()).map_err(|error| error.to_string())?;
+        let running = running.iter().map(|name| (*name).to_owned()).collect();
+        let problems =
+            write(&self.target(), &contents, &mut plans, &running).map_err(|error| error.to_string())?;
+        Ok((plans, problems))
+    }
+
+    /// What the keeper does when objects have changed.
+    fn update(&self, pod: &Pod, plans: &[ContainerPlan], objects: &Objects) {
+        let contents = contents(pod, objects, &Facts::default()).unwrap();
+        let failed = super::write::update(&self.target(), &contents, &Layout::of(plans, std::iter::empty()));
+        assert!(failed.is_empty(), "{failed:?}");
+    }
+
+    fn at(&self, container: &str, path: &str) -> PathBuf {
+        container_dir(self.pod.path(), container).join(path)
+    }
+
+    fn read(&self, container: &str, path: &str) -> Option<String> {
+        fs::read_to_string(self.at(container, path)).ok()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = memory::remove(&self.uid);
+    }
+}
+
+fn with(data: Value) -> Objects {
+    let mut objects = objects();
+    objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).unwrap());
+    objects
+}
+
+#[test]
+fn one_rename_updates_all_containers_and_names_follow() {
+    let disk = Disk::new("follow");
+    let volumes = json!([{"name": "v", "configMap": {"name": "cm"}}, {"name": "e", "emptyDir": {}}]);
+    let pod = pod(
+        json!([
+            {"name": "c1", "volumeMounts": [mount("v", "/etc/x")]},
+            {"name": "c2", "volumeMounts": [mount("e", "data"), mount("v", "data/conf"), mount("v", "~/keys")]},
+            {"name": "c3", "volumeMounts": [{"name": "v", "mountPath": "one", "subPath": "a"}]},
+        ]),
+        volumes,
+    );
+    let (plans, problems) = disk.write(&pod, &with(json!({"a": "1", "b": "1"})), &[]).unwrap();
+    assert!(problems.is_empty());
+    let seen = |path: &str| {
+        [disk.read("c1", &format!("etc/x/{path}")), disk.read("c2", &format!("data/conf/{path}"))]
+    };
+    let is = |text: Option<&str>| [text.map(str::to_owned), text.map(str::to_owned)];
+    assert_eq!((seen("a"), seen("b")), (is(Some("1")), is(Some("1"))));
+    assert_eq!(disk.read("c3", "one").as_deref(), Some("1"));
+    let link = |path: &Path| fs::read_link(path).unwrap();
+    assert_eq!(link(&disk.at("c1", "etc/x/..data")), Path::new("../../../../volumes/v/..data"));
+    assert_eq!(link(&disk.at("c1", "etc/x/a")), Path::new("..data/a"));
+    assert_eq!(link(&disk.pod.path().join("volumes/e/conf/..data")), Path::new("../../../volumes/v/..data"));
+    fs::write(disk.at("c1", "etc/x/result"), "mine").unwrap();
+    fs::write(disk.home.path().join("keys/own"), "mine").unwrap();
+
+    disk.update(&pod, &plans, &with(json!({"a": "2", "c": "2"})));
+    assert_eq!((seen("a"), seen("b"), seen("c")), (is(Some("2")), is(None), is(Some("2"))));
+    assert_eq!(disk.read("c3", "one").as_deref(), Some("1"), "a subPath does not follow");
+    assert_eq!(disk.read("c1", "etc/x/result").as_deref(), Some("mine"));
+    let home = |name: &str| fs::read_to_string(disk.home.path().join("keys").join(name)).ok();
+    assert_eq!((home("a").as_deref(), home("b"), home("c").as_deref()), (Some("2"), None, Some("2")));
+    assert_eq!(home("own").as_deref(), Some("mine"));
+
+    // The next start of one container leaves what another has copied.
+    disk.write(&pod, &with(json!({"a": "3"})), &["c3"]).unwrap();
+    assert_eq!(disk.read("c3", "one").as_deref(), Some("1"));
+    disk.write(&pod, &with(json!({"a": "3"})), &[]).unwrap();
+    assert_eq!(disk.read("c3", "one").as_deref(), Some("3"));
+}
+
+#[test]
+fn a_large_config_map_of_many_containers_is_on_disk_once() {
+    let disk = Disk::new("large");
+    let containers: Vec<Value> =
+        (0..20).map(|n| json!({"name": format!("c{n}"), "volumeMounts": [mount("v", "/etc/x")]})).collect();
+    let pod = pod(json!(containers), json!([{"name": "v", "configMap": {"name": "cm"}}]));
+    disk.write(&pod, &with(json!({"big": "x".repeat(1 << 20)})), &[]).unwrap();
+    assert_eq!(disk.read("c19", "etc/x/big").map(|text| text.len()), Some(1 << 20));
+    assert!(usage::used(disk.pod.path(), u64::MAX) < 2 << 20);
+}
+
+#[test]
+fn sub_paths_of_directories_are_made_and_never_leave_them() {
+    let (disk, outside) = (Disk::new("sub"), tempfile::tempdir().unwrap());
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("file"), "the host's").unwrap();
+    symlink(outside.path(), host.path().join("out")).unwrap();
+    let sub = |name: &str, path: &str, sub: &str| json!({"name": name, "mountPath": path, "subPath": sub});
+    let pod = pod(
+        json!([
+            {"name": "c1", "volumeMounts": [sub("e", "/data", "a/b"), sub("h", "/file", "file"), mount("h", "/host")]},
+            {"name": "c2", "volumeMounts": [sub("h", "/x", "out/made")]},
+            {"name": "c3", "volumeMounts": [mount("v", "/data/conf"), sub("e", "/data", "c")]},
+        ]),
+        json!([
+            {"name": "e", "emptyDir": {}},
+            {"name": "h", "hostPath": {"path": host.path(), "type": "Directory"}},
+            {"name": "v", "configMap": {"name": "one"}},
+        ]),
+    );
+    let (plans, problems) = disk.write(&pod, &objects(), &[]).unwrap();
+    assert_eq!(problems.keys().collect::<Vec<_>>(), ["c2"], "{problems:?}");
+    let problem = problems["c2"].to_string();
+    assert!(
+        problem.starts_with("failed to create subPath directory for volumeMount \"h\" of container \"c2\""),
+        "{problem}"
+    );
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_link(disk.at("c1", "data")).unwrap(), Path::new("../../volumes/e/a/b"));
+    assert_eq!(fs::metadata(disk.pod.path().join("volumes/e/a/b")).unwrap().mode() & 0o7777, 0o777);
+    assert_eq!(disk.read("c1", "file").as_deref(), Some("the host's"));
+    assert_eq!(fs::read_link(disk.at("c1", "host")).unwrap(), host.path());
+    assert_eq!(disk.read("c3", "data/conf/s.sh").as_deref(), Some("x"));
+    let real = |path: &Path| fs::canonicalize(path).unwrap();
+    let mounts: Vec<(PathBuf, PathBuf)> =
+        plans[0].mounts.iter().map(|mount| (mount.target.clone(), mount.source.clone())).collect();
+    assert_eq!(
+        mounts,
+        [
+            (PathBuf::from("/data"), real(&disk.pod.path().join("volumes/e/a/b"))),
+            (PathBuf::from("/file"), real(&host.path().join("file"))),
+            (PathBuf::from("/host"), real(host.path())),
+        ]
+    );
+}
+
+#[test]
+fn sub_paths_of_files_are_a_file_a_directory_or_an_empty_one() {
+    let disk = Disk::new("copies");
+    let items = json!([{"key": "a.sh", "path": "d/x"}, {"key": "b.sh", "path": "d/e/y"}]);
+    let sub = |path: &str, sub: &str| json!({"name": "v", "mountPath": path, "subPath": sub});
+    let pod = one(
+        json!([sub("m1", "d"), sub("m2/f", "d/e/y"), sub("m3", "none")]),
+        json!([{"name": "v", "configMap": {"name": "cm", "items": items}}]),
+    );
+    let (plans, _) = disk.write(&pod, &objects(), &[]).unwrap();
+    assert_eq!(disk.read("c1", "m1/x").as_deref(), Some("echo a"));
+    assert_eq!(disk.read("c1", "m1/e/y").as_deref(), Some("echo b"));
+    assert_eq!(disk.read("c1", "m2/f").as_deref(), Some("echo b"));
+    assert_eq!(fs::read_dir(disk.at("c1", "m3")).unwrap().count(), 0);
+    assert!(plans[0].mounts.iter().all(|mount| mount.read_only));
+    // Relative mountPaths are beneath the container's directory also there.
+    assert_eq!(plans[0].mounts[0].target, disk.at("c1", "m1"));
+}
+
+#[test]
+fn an_empty_dir_in_memory_is_reached_by_links_and_goes() {
+    let disk = Disk::new("memory");
+    let pod = pod(
+        json!([
+            {"name": "c1", "volumeMounts": [mount("e", "/data"), mount("v", "/data/conf")]},
+            {"name": "c2", "volumeMounts": [mount("e", "data")]},
+        ]),
+        json!([{"name": "e", "emptyDir": {"medium": "Memory"}}, {"name": "v", "configMap": {"name": "one"}}]),
+    );
+    let (plans, _) = disk.write(&pod, &objects(), &[]).unwrap();
+    fs::write(disk.at("c1", "data/x"), "shared").unwrap();
+    assert_eq!(disk.read("c2", "data/x").as_deref(), Some("shared"));
+    assert_eq!(disk.read("c2", "data/conf/s.sh").as_deref(), Some("x"), "what is mounted beneath is in it");
+    let real = fs::canonicalize(disk.at("c1", "data")).unwrap();
+    assert!(real.starts_with("/dev/shm") && plans[0].mounts[0].source == real, "{}", real.display());
+    disk.write(&pod, &objects(), &[]).unwrap();
+    assert_eq!(disk.read("c1", "data/x").as_deref(), Some("shared"), "another start leaves it");
+    memory::remove(&disk.uid).unwrap();
+    assert!(!real.exists());
+}
+
+#[test]
+fn host_paths_are_what_the_pod_says_or_the_pod_waits() {
+    let (disk, host) = (Disk::new("host"), tempfile::tempdir().unwrap());
+    let of = |path: &Path, kind: &str| {
+        one(json!([mount("v", "m")]), json!([{"name": "v", "hostPath": {"path": path, "type": kind}}]))
+    };
+    let gone = host.path().join("gone");
+    let error = disk.write(&of(&gone, "Directory"), &objects(), &[]).unwrap_err();
+    let wanted = format!(
+        "MountVolume.SetUp failed for volume \"v\" : hostPath type check failed: {} is not a directory",
+        gone.display()
+    );
+    assert_eq!(error, wanted);
+    disk.write(&of(&gone, "DirectoryOrCreate"), &objects(), &[]).unwrap();
+    fs::write(disk.at("c1", "m/x"), "y").unwrap();
+    assert_eq!(fs::read_to_string(gone.join("x")).unwrap(), "y");
+}
+
+#[test]
+fn volumes_of_an_fs_group_are_the_groups() {
+    let disk = Disk::new("group");
+    let group = nix::unistd::getegid().as_raw();
+    let mut pod = one(
+        json!([mount("v", "m"), mount("e", "e"), mount("t", "t")]),
+        json!([{"name": "v", "configMap": {"name": "one", "defaultMode": 0o600}}, {"name": "e", "emptyDir": {}},
+            {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}}]}}]),
+    );
+    pod.spec.as_mut().unwrap().security_context = from_value(json!({"fsGroup": group})).unwrap();
+    let (contents, mut plans) = all(&pod, &objects(), &disk.ground()).unwrap();
+    let target = Target { group: crate::pod::security::fs_group(&pod), ..disk.target() };
+    write(&target, &contents, &mut plans, &BTreeSet::new()).unwrap();
+    let mode = |path: &str| {
+        let found = fs::metadata(disk.at("c1", path)).unwrap();
+        assert_eq!(found.gid(), group);
+        found.mode() & 0o7777
+    };
+    assert_eq!((mode("m/s.sh"), mode("e"), mode("t/token")), (0o640, 0o2777, 0o640));
+}
+
+#[test]
+fn a_path_in_the_volume_that_another_is_mounted_on_is_there_for_the_mount() {
+    let disk = Disk::new("nested");
+    let pod = one(
+        json!([mount("v", "/etc/x"), mount("w", "/etc/x/deep/y")]),
+        json!([{"name": "v", "configMap": {"name": "one"}}, {"name": "w", "configMap": {"name": "cm"}}]),
+    );
+    disk.write(&pod, &objects(), &[]).unwrap();
+    assert!(disk.pod.path().join("volumes/v/deep/y").is_dir());
+    assert_eq!(disk.read("c1", "etc/x/deep/y/a.sh").as_deref(), Some("echo a"));
+    assert_eq!(disk.read("c1", "etc/x/s.sh").as_deref(), Some("x"));
 }

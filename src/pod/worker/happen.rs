@@ -14,6 +14,7 @@ use crate::pod::backoff::{self, Next};
 use crate::pod::containers;
 use crate::pod::events::Kind;
 use crate::pod::status::{self, State, container_id};
+use crate::pod::volumes::keeper::Found;
 use k8s_openapi::api::core::v1::Pod;
 
 impl Worker {
@@ -22,6 +23,7 @@ impl Worker {
             Command::Update(pod) => {
                 let image_changed = images(&self.record.pod) != images(&pod);
                 self.record.pod = *pod;
+                self.keeper.update(&self.record.pod);
                 if self.record.pod.metadata.deletion_timestamp.is_some() {
                     self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
                 } else if image_changed && self.stop.is_none() && self.has_waiting() {
@@ -102,6 +104,17 @@ impl Worker {
         self.save();
         if let Some(orders) = acknowledge {
             let _ = orders.try_send(Order::Acknowledge);
+        }
+    }
+
+    /// What the keeper of the pod's volumes has found.
+    pub(super) fn on_found(&mut self, found: Found) {
+        match found {
+            // CALL POINT: the pod is to end here as evicted (Ending::Failed, reason `Evicted`, this message, DisruptionTarget
+            // TerminationByKubelet), with a grace of 1 s (eviction_manager.go, immediateEvictionGracePeriodSeconds).
+            Found::Exceeded { message } => {
+                self.context.events.record(&self.record.pod, None, Kind::Warning, "Evicted", &message);
+            }
         }
     }
 

@@ -17,6 +17,7 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+pub use self::prepare::prepare_again;
 use self::prepare::{Attempt, PrepareError};
 use self::run::{Order, Told};
 use self::state::waiting;
@@ -29,6 +30,7 @@ use super::publisher::Publisher;
 use super::record::Record;
 use super::session::RunHandle;
 use super::status::State;
+use super::volumes::keeper::Keeper;
 use crate::container::{ContainerId, Supervisor};
 
 /// Commands that may wait for a worker. The manager only ever sends the newest copy of a pod.
@@ -140,6 +142,7 @@ struct Worker {
     told_tx: mpsc::Sender<Told>,
     told: mpsc::Receiver<Told>,
     publisher: Publisher,
+    keeper: Keeper,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
     /// Supervisors that were started while the pod was being prepared.
@@ -183,6 +186,7 @@ impl Worker {
             told_tx,
             told,
             publisher,
+            keeper: Keeper::default(),
             stop: None,
             preparing: None,
             ready,
@@ -223,10 +227,12 @@ impl Worker {
                 Some(told) = self.told.recv() => self.on_told(told),
                 attempt = join(&mut self.preparing) => self.on_prepared(attempt),
                 () = self.publisher.changed() => {}
+                found = self.keeper.found() => self.on_found(found),
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,
             }
         }
         self.context.roster.remove(self.record.uid());
+        self.keeper.end(&self.record.pod).await;
         let outcome = self.clear_away().await.map(Box::new);
         let _ = self.notes.send(Note::Finished(self.record.uid().to_owned(), outcome)).await;
     }

@@ -1,24 +1,27 @@
 //! What a pod needs before its containers can start: its objects, its directory, its volumes, its scripts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use futures::future::try_join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
 use crate::container::{ContainerSpec, LogLimits, Stdio};
-use crate::files;
-use crate::pod::api::{Api, ApiError, Token, TokenWish};
+use crate::pod::api::ApiError;
 use crate::pod::command_line::argv;
 use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
-    Additions, ConfigError, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
+    Additions, ConfigError, ContainerEnv, EnvInput, Facts, Objects, Skipped, container_env, references,
 };
-use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
+use crate::pod::objects::{self, Held, Read, ReadError};
+use crate::pod::security;
+use crate::pod::volumes::keeper::Turn;
+use crate::pod::volumes::{
+    self, ContainerPlan, Ground, ImageError, Layout, PlannedMount, SubPathError, VolumeError, WriteError,
+};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
 /// supervisors, which stay at what the job gave them (proc(5), oom_score_adj; raising needs no right).
@@ -33,6 +36,14 @@ pub struct Prepared {
     facts: Facts,
     /// The containers' scripts, by their names.
     scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
+    /// Containers that cannot start for their volumes.
+    problems: BTreeMap<String, SubPathError>,
+    /// The containers' mounts, by their names, for a container with a view of the file system of its own: outer ones first,
+    /// with sources as they really are.
+    #[expect(dead_code, reason = "taken by containers with namespaces of their own")]
+    pub mounts: BTreeMap<String, Vec<PlannedMount>>,
+    /// Who sees which volume, for the keeper.
+    pub layout: Layout,
     /// What was left out, for an event.
     pub notes: Vec<String>,
 }
@@ -101,6 +112,18 @@ impl PrepareError {
     }
 }
 
+impl From<WriteError> for PrepareError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Io { path, source } if source.kind() == io::ErrorKind::AlreadyExists => {
+                Self::Occupied { path, source }
+            }
+            WriteError::Io { path, source } => Self::Write { path, source },
+            WriteError::Volume(error) => Self::Volume(error),
+        }
+    }
+}
+
 /// Why a container cannot start yet.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -110,6 +133,9 @@ pub enum SpecError {
     /// Its environment or command line cannot be made.
     #[error("{0}")]
     Config(#[from] ConfigError),
+    /// What it mounts of a volume is not there.
+    #[error("{0}")]
+    SubPath(#[from] SubPathError),
 }
 
 impl SpecError {
@@ -117,7 +143,7 @@ impl SpecError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Image(_) => ImageError::REASON,
-            Self::Config(_) => ConfigError::REASON,
+            Self::Config(_) | Self::SubPath(_) => ConfigError::REASON,
         }
     }
 
@@ -127,6 +153,7 @@ impl SpecError {
             // The files come from ConfigMaps and Secrets; the names from the pod, whose change is seen.
             Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
             Self::Image(ImageError::NoMount { .. }) => false,
+            Self::SubPath(error) => error.may_mend(),
         }
     }
 }
@@ -139,14 +166,20 @@ pub struct Attempt {
     pub result: Result<Prepared, PrepareError>,
 }
 
-/// Reads the pod's objects and makes its directory and volumes.
-pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Attempt {
-    let mut notes = Vec::new();
-    let (objects, directory) =
-        tokio::join!(read_objects(&context.api, pod, &mut notes), claim(context, pod, known));
-    match (objects, directory) {
-        (Ok(objects), Ok(directory)) => {
-            let result = fill(context, pod, directory.clone(), objects, notes).await;
+/// Reads the pod's objects and makes its directory and volumes. What containers that are `running` have copied stays as it
+/// is. The `turn` is held throughout, so that the keeper of the pod's volumes neither reads nor writes meanwhile.
+pub async fn prepare(
+    context: &Context,
+    pod: &Pod,
+    known: Option<PathBuf>,
+    turn: Turn,
+    running: BTreeSet<String>,
+) -> Attempt {
+    let mut held = turn.lock().await;
+    let (read, directory) = tokio::join!(read_objects(context, pod, &mut held), claim(context, pod, known));
+    match (read, directory) {
+        (Ok(read), Ok(directory)) => {
+            let result = fill(context, pod, directory.clone(), read, running, &mut held).await;
             Attempt { directory: Some(directory), result }
         }
         (Err(error), Ok(directory)) => Attempt { directory: Some(directory), result: Err(error) },
@@ -154,85 +187,104 @@ pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> At
     }
 }
 
+/// The same for a pod whose containers have gone on without the pilot: only what follows is written.
+///
+/// # Errors
+/// In words: when something is missing, or the directory is not the pod's any more.
+pub async fn prepare_again(
+    context: &Context,
+    pod: &Pod,
+    directory: PathBuf,
+    turn: &Turn,
+) -> Result<Layout, String> {
+    let mut held = turn.lock().await;
+    let uid = pod.metadata.uid.clone().unwrap_or_default();
+    let marked = directory.clone();
+    let ours = blocking(move || directory::read_marker(&marked).is_some_and(|marker| marker.uid == uid));
+    if !ours.await.map_err(|error| error.to_string())? {
+        return Err(format!("{} is not the pod's directory any more", directory.display()));
+    }
+    let read = read_objects(context, pod, &mut held).await.map_err(|error| error.to_string())?;
+    let running = containers::of(pod).map(|(_, container)| container.name.clone()).collect();
+    let prepared = fill(context, pod, directory, read, running, &mut held).await;
+    prepared.map(|prepared| prepared.layout).map_err(|error| error.to_string())
+}
+
+async fn read_objects(context: &Context, pod: &Pod, held: &mut Held) -> Result<Read, PrepareError> {
+    let read = objects::read(&context.api, pod, &references(pod), held).await;
+    read.map_err(|ReadError { what, source }| PrepareError::Api { what, source })
+}
+
 /// Writes the volumes into the pod's directory and finds the scripts.
 async fn fill(
     context: &Context,
     pod: &Pod,
     directory: PathBuf,
-    objects: Objects,
-    notes: Vec<String>,
+    read: Read,
+    running: BTreeSet<String>,
+    held: &mut Held,
 ) -> Result<Prepared, PrepareError> {
-    let facts = Facts {
-        node_name: context.identity.node.clone().unwrap_or_else(|| context.identity.host.clone()),
-        pod_ips: vec![context.identity.ip.clone()],
-        host_ips: vec![context.identity.ip.clone()],
-        allocatable: context.allocatable.clone(),
-    };
-    let mut plans = volumes::plan(pod, &objects, &facts)?;
-    let scripts = containers::of(pod)
-        .zip(&mut plans)
-        .map(|((_, container), plan)| {
-            let place = volumes::script(&container, plan);
-            let absolute = |place| absolute(&place, &directory, &container.name, &context.places.home);
-            (container.name.clone(), place.map(absolute))
+    let Read { objects, versions, denied: notes } = read;
+    let facts = context.facts();
+    let home = context.places.home.clone();
+    let ground = Ground { directory: &directory, home: &home };
+    let mut contents = volumes::contents(pod, &objects, &facts)?;
+    let mut plans = Vec::new();
+    let mut scripts = BTreeMap::new();
+    for (_, container) in containers::of(pod) {
+        let sub_paths = sub_paths(context, pod, &container, &objects, &facts, &directory);
+        let plan = match sub_paths {
+            Ok(sub_paths) => volumes::plan(&container, &contents, &sub_paths, &ground)?,
+            Err(problem) => ContainerPlan {
+                container: container.name.clone(),
+                problem: Some(problem),
+                ..ContainerPlan::default()
+            },
+        };
+        if plan.problem.is_none() {
+            scripts.insert(container.name.clone(), volumes::script(&container, &plan, &mut contents));
+        }
+        plans.push(plan);
+    }
+    let layout = Layout::of(&plans, scripts.values().filter_map(|script| script.as_ref().ok()));
+    let scripts = scripts
+        .into_iter()
+        .map(|(name, script)| {
+            let path = script.map(|script| volumes::absolute(&script.place, &name, &ground));
+            (name, path)
         })
         .collect();
-    let home = context.places.home.clone();
-    let target = directory.clone();
-    blocking(move || write_volumes(&target, &home, &plans)).await??;
-    Ok(Prepared { directory, objects, facts, scripts, notes })
+    let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
+    let at = directory.clone();
+    let written = blocking(move || {
+        let ground = Ground { directory: &at, home: &home };
+        let problems =
+            volumes::write(&volumes::Target { ground, uid: &uid, group }, &contents, &mut plans, &running);
+        problems.map(|problems| (problems, plans))
+    });
+    let (problems, plans) = written.await??;
+    let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
+    held.note(versions);
+    Ok(Prepared { directory, objects, facts, scripts, problems, mounts, layout, notes })
 }
 
-async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<Objects, PrepareError> {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let wanted = references(pod);
-    let failed = |what: String| move |source| PrepareError::Api { what, source };
-    let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
-        let found = api.config_map(namespace, name).await;
-        found
-            .map(|found| found.map(|o| (name.clone(), o)))
-            .map_err(failed(format!("configmap {namespace}/{name}")))
-    }));
-    let secrets = try_join_all(wanted.secrets.keys().map(|name| async move {
-        let found = api.secret(namespace, name).await;
-        found
-            .map(|found| found.map(|o| (name.clone(), o)))
-            .map_err(failed(format!("secret {namespace}/{name}")))
-    }));
-    let tokens = try_join_all(wanted.tokens.iter().map(|wish| read_token(api, pod, wish)));
-    let (config_maps, secrets, tokens) = futures::try_join!(config_maps, secrets, tokens)?;
-    let mut objects = Objects {
-        config_maps: config_maps.into_iter().flatten().collect(),
-        secrets: secrets.into_iter().flatten().collect(),
-        ..Objects::default()
-    };
-    for (wish, token) in tokens {
-        match token {
-            Token::Granted(token) => {
-                objects.tokens.insert(wish, token);
-            }
-            // In `play` nobody expects one.
-            Token::Denied(_) if matches!(api, Api::Files(_)) => {}
-            Token::Denied(why) => {
-                notes.push(format!("the service account's token is left out of its volume: {why}"))
-            }
-        }
+/// What the container's mounts take of their volumes. Its environment is made only where one of them names a variable.
+fn sub_paths(
+    context: &Context,
+    pod: &Pod,
+    container: &Container,
+    objects: &Objects,
+    facts: &Facts,
+    directory: &Path,
+) -> Result<BTreeMap<usize, PathBuf>, SubPathError> {
+    let mounts = container.volume_mounts.iter().flatten();
+    let by_variable = mounts.filter_map(|mount| mount.sub_path_expr.as_ref()).any(|path| !path.is_empty());
+    if !by_variable {
+        return volumes::sub_paths(container, &|_| None);
     }
-    Ok(objects)
-}
-
-async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, Token), PrepareError> {
-    let part = |text: &Option<String>| text.clone().unwrap_or_default();
-    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.clone());
-    let request = TokenWish {
-        service_account: account.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned()),
-        audience: wish.audience.clone(),
-        expiration_seconds: Some(wish.expiration_seconds),
-    };
-    let meta = &pod.metadata;
-    let token = api.token(&part(&meta.namespace), &part(&meta.name), &part(&meta.uid), &request).await;
-    let what = || format!("token of service account {}", request.service_account);
-    token.map(|token| (wish.clone(), token)).map_err(|source| PrepareError::Api { what: what(), source })
+    let env = environment(context, pod, container, 0, (objects, facts, directory))
+        .map_err(|error| SubPathError::Environment(error.to_string()))?;
+    volumes::sub_paths(container, &|name| env.get_declared(name).map(ToOwned::to_owned))
 }
 
 /// The pod's directory: the known one after a restart, else a new one.
@@ -278,6 +330,10 @@ fn claim_at(
         {
             tracing::warn!(path = %aside.display(), %error, "files of a pod that is gone could not be removed");
         }
+        // What it had in memory on this host takes room for nobody.
+        if let Err(error) = volumes::memory::remove(&gone.uid) {
+            tracing::warn!(uid = gone.uid, %error, "memory of a pod that is gone could not be freed");
+        }
     }
     Ok(claimed)
 }
@@ -313,79 +369,6 @@ async fn liveness(context: &Context, other: &Marker) -> Liveness {
     directory::process_liveness(other, &context.identity.host, &context.identity.process.boot, start)
 }
 
-fn absolute(place: &Place, directory: &Path, container: &str, home: &Path) -> PathBuf {
-    let root = match place.root {
-        Root::Container => container_dir(directory, container),
-        Root::Pod => directory.to_owned(),
-        Root::Home => home.to_owned(),
-    };
-    root.join(&place.path)
-}
-
-fn container_dir(directory: &Path, container: &str) -> PathBuf {
-    directory.join("containers").join(container)
-}
-
-/// Writes what was planned. Nothing leaves its root, by no `..` and no link.
-fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Result<(), PrepareError> {
-    let fail = |path: &Path| {
-        let path = path.to_owned();
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::AlreadyExists => PrepareError::Occupied { path, source },
-            _ => PrepareError::Write { path, source },
-        }
-    };
-    let pod = files::Root::open(directory).map_err(fail(directory))?;
-    let list = directory.join(directory::HOME_FILES);
-    let mut home_root = None;
-    for plan in plans {
-        let own = Path::new("containers").join(&plan.container);
-        pod.create_dir_all(&own.join("logs"), 0o700).map_err(fail(&directory.join(&own)))?;
-        // Every place is beneath the pod's directory or the home directory.
-        let beneath = |place: &Place| match place.root {
-            Root::Container => own.join(&place.path),
-            Root::Pod | Root::Home => place.path.clone(),
-        };
-        for dir in &plan.dirs {
-            let at = absolute(&dir.place, directory, &plan.container, home);
-            let root = root_for(dir.place.root, &pod, &mut home_root, home)?;
-            root.create_dir_all(&beneath(&dir.place), dir.mode).map_err(fail(&at))?;
-        }
-        for link in &plan.links {
-            let at = absolute(&link.place, directory, &plan.container, home);
-            let root = root_for(link.place.root, &pod, &mut home_root, home)?;
-            root.symlink(&link.target, &beneath(&link.place)).map_err(fail(&at))?;
-        }
-        for file in &plan.files {
-            let at = absolute(&file.place, directory, &plan.container, home);
-            let root = root_for(file.place.root, &pod, &mut home_root, home)?;
-            let path = beneath(&file.place);
-            if file.place.root == Root::Home {
-                root.write_own(&path, &file.data, file.mode, &list).map_err(fail(&at))?;
-            } else {
-                root.write(&path, &file.data, file.mode).map_err(fail(&at))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn root_for<'a>(
-    root: Root,
-    pod: &'a files::Root,
-    home_root: &'a mut Option<files::Root>,
-    home: &Path,
-) -> Result<&'a files::Root, PrepareError> {
-    if root != Root::Home {
-        return Ok(pod);
-    }
-    if home_root.is_none() {
-        let opened = files::Root::open(home);
-        *home_root = Some(opened.map_err(|source| PrepareError::Write { path: home.to_owned(), source })?);
-    }
-    Ok(home_root.as_ref().unwrap_or(pod))
-}
-
 /// What the supervisor of one container is told.
 ///
 /// # Errors
@@ -397,35 +380,19 @@ pub fn spec(
     restart: u32,
     prepared: &Prepared,
 ) -> Result<(ContainerSpec, Vec<Skipped>), SpecError> {
+    if let Some(problem) = prepared.problems.get(name) {
+        return Err(problem.clone().into());
+    }
     let (Some((_, container)), Some(script)) = (containers::find(pod, name), prepared.scripts.get(name))
     else {
         return Err(ConfigError::ContainerNotFound(name.to_owned()).into());
     };
     let container = container.as_ref();
     let script = script.clone()?;
-    let own = container_dir(&prepared.directory, &container.name);
+    let own = volumes::container_dir(&prepared.directory, &container.name);
     let drain = *context.drain.borrow();
-    let mark = format!(
-        "{}/{}/{}/{restart}",
-        context.identity.mark,
-        pod.metadata.uid.as_deref().unwrap_or_default(),
-        container.name
-    );
-    let additions = Additions {
-        pod_dir: prepared.directory.display().to_string(),
-        container_dir: own.display().to_string(),
-        drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
-        mark,
-    };
-    let env = container_env(&EnvInput {
-        pod,
-        container,
-        objects: &prepared.objects,
-        facts: &prepared.facts,
-        inherited: &context.inherited,
-        additions: &additions,
-        expand: context.expand,
-    })?;
+    let made = (&prepared.objects, &prepared.facts, prepared.directory.as_path());
+    let env = environment(context, pod, container, restart, made)?;
     let argv = argv(container, &script.display().to_string(), &env, context.expand)?;
     let working_dir = match container.working_dir.as_deref().filter(|dir| !dir.is_empty()) {
         Some(dir) if Path::new(dir).is_absolute() => PathBuf::from(dir),
@@ -447,8 +414,41 @@ pub fn spec(
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
         stdio: stdio(container),
+        no_new_privs: security::no_new_privs(container),
     };
     Ok((spec, env.skipped))
+}
+
+/// The environment of one run of a container, by the pod's objects, the node's facts and the pod's directory.
+fn environment(
+    context: &Context,
+    pod: &Pod,
+    container: &Container,
+    restart: u32,
+    (objects, facts, directory): (&Objects, &Facts, &Path),
+) -> Result<ContainerEnv, ConfigError> {
+    let drain = *context.drain.borrow();
+    let mark = format!(
+        "{}/{}/{}/{restart}",
+        context.identity.mark,
+        pod.metadata.uid.as_deref().unwrap_or_default(),
+        container.name
+    );
+    let additions = Additions {
+        pod_dir: directory.display().to_string(),
+        container_dir: volumes::container_dir(directory, &container.name).display().to_string(),
+        drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
+        mark,
+    };
+    container_env(&EnvInput {
+        pod,
+        container,
+        objects,
+        facts,
+        inherited: &context.inherited,
+        additions: &additions,
+        expand: context.expand,
+    })
 }
 
 /// What the container's program reads and writes.

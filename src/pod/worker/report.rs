@@ -109,6 +109,7 @@ impl Worker {
         self.note_ports();
         if self.ended && !before {
             self.save();
+            self.keeper.end(&self.record.pod).await;
         }
         if self.ended && !self.ended_told {
             self.ended_told = true;

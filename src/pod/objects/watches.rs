@@ -1,0 +1,284 @@
+//! One watch for each ConfigMap and Secret that running pods have in their volumes, shared by all of them.
+//!
+//! As a kubelet's `pkg/kubelet/util/manager/watch_based_manager.go`, with less: what is watched is the object's metadata
+//! alone, and only its version is told. Whoever wants the object reads it, so that nothing is held here. A watch begins with
+//! the object as it is (resourceVersion 0), so that no change is missed between the reading and the watch, and so that a
+//! list is never needed: the right to `watch` one object by its name is enough. Without it the object's metadata are read
+//! every minute.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use kube::api::{GetParams, WatchParams};
+use kube::core::{Request, WatchEvent};
+use serde::Deserialize;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::chance;
+use crate::pod::api::CALL_LIMIT;
+
+/// Watches at once: each has a connection of its own, here and at the API server. Beyond it objects are read every
+/// [`POLL`].
+pub const MOST: usize = 256;
+
+/// The same where connections go through a tunnel, which has room for 64.
+pub const MOST_BY_TUNNEL: usize = 24;
+
+/// Between two looks at an object that is not watched. A kubelet that does not watch looks every minute or so too
+/// (configMapAndSecretChangeDetectionStrategy: Cache).
+const POLL: Duration = Duration::from_secs(60);
+
+/// The first wait after a watch that failed; doubled up to [`RETRY_MOST`].
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_secs(30);
+
+/// A watch that was up for so long begins anew without a longer wait.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// Which kind of object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// A ConfigMap.
+    ConfigMap,
+    /// A Secret.
+    Secret,
+}
+
+/// Which object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl Key {
+    fn collection(&self) -> Request {
+        let plural = match self.kind {
+            Kind::ConfigMap => "configmaps",
+            Kind::Secret => "secrets",
+        };
+        Request::new(format!("/api/v1/namespaces/{}/{plural}", self.namespace))
+    }
+}
+
+/// What is known of an object.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Version {
+    /// Nothing yet.
+    #[default]
+    Unknown,
+    /// It is not there.
+    Absent,
+    /// Its resourceVersion.
+    At(String),
+}
+
+/// All watches of a pilot.
+#[derive(Clone)]
+pub struct Watches {
+    client: kube::Client,
+    room: Arc<Semaphore>,
+    refused: Arc<AtomicBool>,
+    shared: Arc<Mutex<BTreeMap<Key, Weak<Shared>>>>,
+}
+
+struct Shared {
+    version: watch::Receiver<Version>,
+    task: AbortHandle,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// An object that is watched for as long as anybody has this.
+pub struct Watched {
+    /// Which one.
+    pub key: Key,
+    version: watch::Receiver<Version>,
+    _shared: Arc<Shared>,
+}
+
+impl Watched {
+    /// What is known of it now.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version.borrow().clone()
+    }
+
+    /// Waits until more is known.
+    pub async fn changed(&mut self) {
+        if self.version.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+impl Watches {
+    /// Watches through `client`, at most so many objects at once.
+    #[must_use]
+    pub fn new(client: kube::Client, most: usize) -> Self {
+        Self { client, room: Arc::new(Semaphore::new(most)), refused: Arc::default(), shared: Arc::default() }
+    }
+
+    /// Watches an object, with whoever watches it already.
+    #[must_use]
+    pub fn follow(&self, key: &Key) -> Watched {
+        let mut all = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all.get(key).and_then(Weak::upgrade);
+        let shared = known.unwrap_or_else(|| {
+            // What nobody watches any more leaves no trace.
+            all.retain(|_, shared| shared.strong_count() > 0);
+            let (version_tx, version) = watch::channel(Version::Unknown);
+            let follower = Follower {
+                client: self.client.clone(),
+                key: key.clone(),
+                room: Arc::clone(&self.room),
+                refused: Arc::clone(&self.refused),
+                version: version_tx,
+            };
+            let task = tokio::spawn(follower.run()).abort_handle();
+            let shared = Arc::new(Shared { version, task });
+            all.insert(key.clone(), Arc::downgrade(&shared));
+            shared
+        });
+        let mut version = shared.version.clone();
+        version.mark_unchanged();
+        if *version.borrow() != Version::Unknown {
+            version.mark_changed();
+        }
+        Watched { key: key.clone(), version, _shared: shared }
+    }
+}
+
+/// What is read of an object.
+#[derive(Debug, Clone, Deserialize)]
+struct Seen {
+    metadata: SeenMetadata,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SeenMetadata {
+    name: Option<String>,
+    resource_version: Option<String>,
+}
+
+struct Follower {
+    client: kube::Client,
+    key: Key,
+    room: Arc<Semaphore>,
+    /// Somebody was told that watches are refused.
+    refused: Arc<AtomicBool>,
+    version: watch::Sender<Version>,
+}
+
+impl Follower {
+    async fn run(self) {
+        let mut wait = RETRY_FIRST;
+        loop {
+            let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+                self.look().await;
+                tokio::time::sleep(spread(POLL)).await;
+                continue;
+            };
+            let began = Instant::now();
+            let ended = self.watch().await;
+            drop(room);
+            match ended {
+                Err(kube::Error::Api(status)) if status.code == 403 => {
+                    if !self.refused.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(
+                            namespace = self.key.namespace,
+                            name = self.key.name,
+                            "ConfigMaps and Secrets may not be watched, so changes are seen within a minute instead of at once: grant `watch` as docs/cluster/pilot.yaml does"
+                        );
+                    }
+                    self.look().await;
+                    tokio::time::sleep(spread(POLL)).await;
+                    continue;
+                }
+                Err(error) => {
+                    tracing::debug!(key = ?self.key, %error, "a watch has ended; it begins again");
+                }
+                Ok(()) => {}
+            }
+            if began.elapsed() >= STEADY {
+                wait = RETRY_FIRST;
+            }
+            tokio::time::sleep(spread(wait)).await;
+            wait = (wait * 2).min(RETRY_MOST);
+        }
+    }
+
+    /// One watch, until it ends.
+    async fn watch(&self) -> Result<(), kube::Error> {
+        let params = WatchParams::default().fields(&format!("metadata.name={}", self.key.name));
+        let request =
+            self.key.collection().watch_metadata(&params, "0").map_err(kube::Error::BuildRequest)?;
+        let began = tokio::time::timeout(CALL_LIMIT, self.client.request_events::<Seen>(request)).await;
+        // An answer that does not come is as a watch that ended.
+        let Ok(began) = began else { return Ok(()) };
+        let mut events = std::pin::pin!(began?);
+        while let Some(event) = events.next().await {
+            match event? {
+                WatchEvent::Added(seen) | WatchEvent::Modified(seen) => self.tell(seen),
+                WatchEvent::Deleted(seen) if self.is_it(&seen) => {
+                    self.set(Version::Absent);
+                }
+                WatchEvent::Deleted(_) | WatchEvent::Bookmark(_) => {}
+                WatchEvent::Error(status) => return Err(kube::Error::Api(status)),
+            }
+        }
+        Ok(())
+    }
+
+    /// One look, for an object that cannot be watched.
+    async fn look(&self) {
+        let Ok(request) = self.key.collection().get_metadata(&self.key.name, &GetParams::default()) else {
+            return;
+        };
+        match tokio::time::timeout(CALL_LIMIT, self.client.request::<Seen>(request)).await {
+            Ok(Ok(seen)) => self.tell(seen),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => self.set(Version::Absent),
+            Ok(Err(error)) => tracing::debug!(key = ?self.key, %error, "an object could not be looked at"),
+            Err(_) => {}
+        }
+    }
+
+    fn is_it(&self, seen: &Seen) -> bool {
+        seen.metadata.name.as_ref().is_none_or(|name| *name == self.key.name)
+    }
+
+    fn tell(&self, seen: Seen) {
+        if self.is_it(&seen)
+            && let Some(version) = seen.metadata.resource_version
+        {
+            self.set(Version::At(version));
+        }
+    }
+
+    fn set(&self, version: Version) {
+        self.version.send_if_modified(|old| {
+            let new = *old != version;
+            *old = version;
+            new
+        });
+    }
+}
+
+/// Between half of it and all, so that not all pilots come at once to an API server that is back.
+fn spread(wait: Duration) -> Duration {
+    wait.mul_f64(0.5 + chance() / 2.0)
+}
