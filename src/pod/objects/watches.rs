@@ -224,7 +224,10 @@ impl Follower {
 
     /// One watch, until it ends.
     async fn watch(&self) -> Result<(), kube::Error> {
-        let params = WatchParams::default().fields(&format!("metadata.name={}", self.key.name));
+        // With bookmarks an API server with the feature WatchList takes it for a list, which one on an old etcd refuses
+        // (apiserver's cacher.go, isListWatchRequest).
+        let params = WatchParams::default().disable_bookmarks();
+        let params = params.fields(&format!("metadata.name={}", self.key.name));
         let request =
             self.key.collection().watch_metadata(&params, "0").map_err(kube::Error::BuildRequest)?;
         let began = tokio::time::timeout(CALL_LIMIT, self.client.request_events::<Seen>(request)).await;

@@ -236,8 +236,14 @@ struct Keep {
 
 impl Keep {
     async fn run(mut self) {
-        if self.sleep(Instant::now() + BEGIN).await.is_err() {
-            return;
+        // What changes before the keeper begins is not in the files.
+        let first = Arc::clone(&self.input.borrow_and_update().pod);
+        self.applied = Some(first);
+        let begin = Instant::now() + BEGIN;
+        while Instant::now() < begin {
+            if self.sleep(begin).await.is_err() {
+                return;
+            }
         }
         let begun = self.input.borrow().pod.clone();
         self.look_at = (!limits(&begun).is_empty()).then(Instant::now);
