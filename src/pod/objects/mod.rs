@@ -65,7 +65,13 @@ impl Held {
 ///
 /// # Errors
 /// When the API server does not answer or refuses, but for a token: one that holds still goes on.
-pub async fn read(api: &Api, pod: &Pod, wanted: &References, held: &mut Held) -> Result<Read, ReadError> {
+pub async fn read(
+    api: &Api,
+    pod: &Pod,
+    wanted: &References,
+    held: &mut Held,
+    now: Timestamp,
+) -> Result<Read, ReadError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let failed = |what: String| move |source| ReadError { what, source };
     let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
@@ -76,7 +82,6 @@ pub async fn read(api: &Api, pod: &Pod, wanted: &References, held: &mut Held) ->
         let found = api.secret(namespace, name).await;
         found.map(|found| (name, found)).map_err(failed(format!("secret {namespace}/{name}")))
     }));
-    let now = Timestamp::now();
     let ask = wanted.tokens.iter().filter(|token| held.tokens.get(token).is_none_or(|held| held.is_due(now)));
     let tokens = futures::future::join_all(ask.map(|wish| read_token(api, pod, wish)));
     let (config_maps, secrets, tokens) =
@@ -127,7 +132,7 @@ fn take_token(
     let old = held.tokens.get_mut(wish).filter(|old| !old.is_expired(now));
     match (answer, old) {
         (Ok(Token::Granted { token, expires, life }), _) => {
-            held.tokens.insert(wish.clone(), HeldToken::new(token, expires, life));
+            held.tokens.insert(wish.clone(), HeldToken::new(token, expires, life, now));
         }
         (Ok(Token::Denied(why)), Some(old)) => {
             old.try_later(now);
@@ -171,34 +176,56 @@ fn chance() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
+    use serde_json::{from_value, json};
+    use tokio::sync::watch;
+
     use super::*;
+    use crate::cluster::stand_in::client_of;
+    use crate::pod::api::Cluster;
+
+    fn wish() -> TokenRef {
+        TokenRef { audience: None, expiration_seconds: 600 }
+    }
 
     #[tokio::test]
-    async fn a_token_that_cannot_be_renewed_is_used_while_it_holds() {
-        let wish = TokenRef { audience: None, expiration_seconds: 600 };
-        let (sender, _statuses) = tokio::sync::mpsc::channel(1);
-        let api = Api::Files(crate::pod::api::Files::new([], [], sender));
-        let now = Timestamp::now();
-        let held_until = |seconds: i64| {
-            let mut held = Held::default();
-            let expires = now + jiff::SignedDuration::from_secs(seconds);
-            held.tokens.insert(wish.clone(), HeldToken::new("old".to_owned(), Some(expires), 600));
-            held
-        };
-        let failed = || Err(ReadError { what: "token".to_owned(), source: ApiError::TimedOut(10) });
-        let mut denied = Vec::new();
-        let mut held = held_until(60);
-        assert!(held.due(&[wish.clone()].into(), now), "80 % are over");
-        assert!(take_token(&wish, failed(), &mut held, now, &api, &mut denied).is_ok());
-        assert_eq!(held.tokens[&wish].token, "old");
-        assert!(!held.due(&[wish.clone()].into(), now), "not again at once");
-        assert!(held.due(&[wish.clone()].into(), now + Duration::from_secs(60)));
-        let mut held = held_until(-1);
-        assert!(take_token(&wish, failed(), &mut held, now, &api, &mut denied).is_err());
-        let granted = Token::Granted { token: "new".to_owned(), expires: None, life: 600 };
-        assert!(take_token(&wish, Ok(granted), &mut held, now, &api, &mut denied).is_ok());
-        assert_eq!(held.tokens[&wish].token, "new");
+    async fn a_token_is_asked_for_again_when_it_is_time_and_is_used_while_it_holds() {
+        let (asked, now) = (Arc::new(AtomicU32::new(0)), Timestamp::now());
+        let count = Arc::clone(&asked);
+        let client = client_of(move |method, path, _| {
+            assert_eq!(
+                (method, path.split('?').next()),
+                ("POST", Some("/api/v1/namespaces/ns/serviceaccounts/default/token"))
+            );
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            if number == 1 {
+                return (
+                    500,
+                    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                    "message": "not now", "reason": "InternalError", "code": 500}),
+                );
+            }
+            (
+                201,
+                json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+                "spec": {"audiences": ["a"], "expirationSeconds": 600},
+                "status": {"token": format!("t{number}"), "expirationTimestamp": now + Duration::from_secs(600)}}),
+            )
+        });
+        let api = Api::Cluster(Cluster::new(client, watch::channel(false).1));
+        let pod: Pod = from_value(json!({"metadata": {"name": "p", "namespace": "ns", "uid": "u"}})).unwrap();
+        let wanted = References { tokens: [wish()].into(), ..References::default() };
+        let mut held = Held::default();
+        for (age, wanted_token, calls) in
+            [(0, "t0", 1), (300, "t0", 1), (500, "t0", 2), (510, "t0", 2), (540, "t2", 3)]
+        {
+            let at = now + Duration::from_secs(age);
+            let read = read(&api, &pod, &wanted, &mut held, at).await.unwrap();
+            assert_eq!(read.objects.tokens[&wish()], wanted_token, "{age}");
+            assert_eq!(asked.load(Ordering::Relaxed), calls, "{age}");
+        }
     }
 }

@@ -28,11 +28,12 @@ impl std::fmt::Debug for HeldToken {
 }
 
 impl HeldToken {
-    /// A token that was just given, for so many seconds. One of which nobody says when it ends is not replaced.
+    /// A token that was just given, for so many seconds. One of which nobody says when it ends is not replaced; none is
+    /// replaced at once, however wrong the clock of this host is.
     #[must_use]
-    pub fn new(token: String, expires: Option<Timestamp>, life: i64) -> Self {
+    pub fn new(token: String, expires: Option<Timestamp>, life: i64, now: Timestamp) -> Self {
         let jitter = JITTER.mul_f64(chance());
-        let refresh_at = expires.map(|expires| refresh_at(expires, life, jitter));
+        let refresh_at = expires.map(|expires| refresh_at(expires, life, jitter).max(later(now, RETRY)));
         Self { token, expires, refresh_at }
     }
 
@@ -96,8 +97,17 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_that_is_wrong_makes_no_storm_of_requests() {
+        let now: Timestamp = "2026-01-01T12:00:00Z".parse().unwrap();
+        let hours_ago = now - SignedDuration::from_hours(2);
+        let token = HeldToken::new("t".to_owned(), Some(hours_ago), 3600, now);
+        assert!(!token.is_due(now + SignedDuration::from_secs(29)));
+        assert!(token.is_due(now + SignedDuration::from_secs(30)));
+    }
+
+    #[test]
     fn a_token_without_an_end_is_kept() {
-        let token = HeldToken::new("t".to_owned(), None, 600);
+        let token = HeldToken::new("t".to_owned(), None, 600, Timestamp::MIN);
         assert!(!token.is_due(Timestamp::MAX) && !token.is_expired(Timestamp::MAX));
         assert!(!format!("{token:?}").contains("\"t\""));
     }

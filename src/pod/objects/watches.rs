@@ -23,22 +23,32 @@ use super::chance;
 use crate::pod::api::CALL_LIMIT;
 
 /// Watches at once: each has a connection of its own, here and at the API server. Beyond it objects are read every
-/// [`POLL`].
+/// minute.
 pub const MOST: usize = 256;
 
 /// The same where connections go through a tunnel, which has room for 64.
 pub const MOST_BY_TUNNEL: usize = 24;
 
-/// Between two looks at an object that is not watched. A kubelet that does not watch looks every minute or so too
-/// (configMapAndSecretChangeDetectionStrategy: Cache).
-const POLL: Duration = Duration::from_secs(60);
+/// How often things are tried.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    /// Between two looks at an object that is not watched.
+    poll: Duration,
+    /// The wait after a watch that failed, doubled each time.
+    first: Duration,
+    /// The longest such wait.
+    most: Duration,
+    /// A watch that was up for so long begins anew without a longer wait.
+    steady: Duration,
+}
 
-/// The first wait after a watch that failed; doubled up to [`RETRY_MOST`].
-const RETRY_FIRST: Duration = Duration::from_secs(1);
-const RETRY_MOST: Duration = Duration::from_secs(30);
-
-/// A watch that was up for so long begins anew without a longer wait.
-const STEADY: Duration = Duration::from_secs(60);
+/// A kubelet that does not watch looks every minute or so too (configMapAndSecretChangeDetectionStrategy: Cache).
+const PACE: Pace = Pace {
+    poll: Duration::from_secs(60),
+    first: Duration::from_secs(1),
+    most: Duration::from_secs(30),
+    steady: Duration::from_secs(60),
+};
 
 /// Which kind of object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +96,7 @@ pub enum Version {
 #[derive(Clone)]
 pub struct Watches {
     client: kube::Client,
+    pace: Pace,
     room: Arc<Semaphore>,
     refused: Arc<AtomicBool>,
     shared: Arc<Mutex<BTreeMap<Key, Weak<Shared>>>>,
@@ -129,7 +140,8 @@ impl Watches {
     /// Watches through `client`, at most so many objects at once.
     #[must_use]
     pub fn new(client: kube::Client, most: usize) -> Self {
-        Self { client, room: Arc::new(Semaphore::new(most)), refused: Arc::default(), shared: Arc::default() }
+        let room = Arc::new(Semaphore::new(most));
+        Self { client, pace: PACE, room, refused: Arc::default(), shared: Arc::default() }
     }
 
     /// Watches an object, with whoever watches it already.
@@ -143,6 +155,7 @@ impl Watches {
             let (version_tx, version) = watch::channel(Version::Unknown);
             let follower = Follower {
                 client: self.client.clone(),
+                pace: self.pace,
                 key: key.clone(),
                 room: Arc::clone(&self.room),
                 refused: Arc::clone(&self.refused),
@@ -177,6 +190,7 @@ struct SeenMetadata {
 
 struct Follower {
     client: kube::Client,
+    pace: Pace,
     key: Key,
     room: Arc<Semaphore>,
     /// Somebody was told that watches are refused.
@@ -186,11 +200,11 @@ struct Follower {
 
 impl Follower {
     async fn run(self) {
-        let mut wait = RETRY_FIRST;
+        let mut wait = self.pace.first;
         loop {
             let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
                 self.look().await;
-                tokio::time::sleep(spread(POLL)).await;
+                tokio::time::sleep(spread(self.pace.poll)).await;
                 continue;
             };
             let began = Instant::now();
@@ -206,7 +220,7 @@ impl Follower {
                         );
                     }
                     self.look().await;
-                    tokio::time::sleep(spread(POLL)).await;
+                    tokio::time::sleep(spread(self.pace.poll)).await;
                     continue;
                 }
                 Err(error) => {
@@ -214,11 +228,11 @@ impl Follower {
                 }
                 Ok(()) => {}
             }
-            if began.elapsed() >= STEADY {
-                wait = RETRY_FIRST;
+            if began.elapsed() >= self.pace.steady {
+                wait = self.pace.first;
             }
             tokio::time::sleep(spread(wait)).await;
-            wait = (wait * 2).min(RETRY_MOST);
+            wait = (wait * 2).min(self.pace.most);
         }
     }
 
@@ -284,4 +298,112 @@ impl Follower {
 /// Between half of it and all, so that not all pilots come at once to an API server that is back.
 fn spread(wait: Duration) -> Duration {
     wait.mul_f64(0.5 + chance() / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cluster::stand_in::client_of;
+
+    fn key() -> Key {
+        Key { kind: Kind::Secret, namespace: "ns".to_owned(), name: "s".to_owned() }
+    }
+
+    fn seen(version: u32) -> Value {
+        json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
+            "metadata": {"name": "s", "resourceVersion": version.to_string()}})
+    }
+
+    /// Counts (watches, looks). A watch is answered by `watch`, a look by a new version each time.
+    fn server(watch: (u16, Value)) -> (kube::Client, Arc<(AtomicU32, AtomicU32)>) {
+        let counts: Arc<(AtomicU32, AtomicU32)> = Arc::default();
+        let counted = Arc::clone(&counts);
+        let client = client_of(move |method, path, _| {
+            let (path, query) = path.split_once('?').unwrap_or((path, ""));
+            assert_eq!(method, "GET");
+            if query.contains("watch=true") {
+                assert_eq!(path, "/api/v1/namespaces/ns/secrets");
+                assert!(query.contains("fieldSelector=metadata.name%3Ds&resourceVersion=0"), "{query}");
+                counted.0.fetch_add(1, Ordering::Relaxed);
+                return watch.clone();
+            }
+            assert_eq!(path, "/api/v1/namespaces/ns/secrets/s");
+            (200, seen(100 + counted.1.fetch_add(1, Ordering::Relaxed)))
+        });
+        (client, counts)
+    }
+
+    fn counts(counts: &(AtomicU32, AtomicU32)) -> (u32, u32) {
+        (counts.0.load(Ordering::Relaxed), counts.1.load(Ordering::Relaxed))
+    }
+
+    async fn version(watched: &mut Watched) -> Version {
+        watched.changed().await;
+        watched.version()
+    }
+
+    /// As [`PACE`], in hundredths of a second.
+    fn quick(client: kube::Client, most: usize) -> Watches {
+        let hundredths = |n: u64| Duration::from_millis(n * 10);
+        let pace =
+            Pace { poll: hundredths(60), first: hundredths(1), most: hundredths(30), steady: PACE.steady };
+        Watches { pace, ..Watches::new(client, most) }
+    }
+
+    #[tokio::test]
+    async fn one_watch_serves_all_and_ends_with_the_last() {
+        let (client, server) = server((200, json!({"type": "ADDED", "object": seen(7)})));
+        let watches = quick(client, 1);
+        let (mut one, mut two) = (watches.follow(&key()), watches.follow(&key()));
+        let wanted = Version::At("7".to_owned());
+        assert_eq!((version(&mut one).await, version(&mut two).await), (wanted.clone(), wanted.clone()));
+        assert_eq!(version(&mut watches.follow(&key())).await, wanted, "who comes later is told at once");
+        assert_eq!(counts(&server), (1, 0));
+        // The watch has ended, as each does after some minutes: it begins again, and nothing is new.
+        assert!(tokio::time::timeout(Duration::from_millis(200), one.changed()).await.is_err());
+        let before = counts(&server).0;
+        assert!(before > 1);
+        drop(one);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        assert!(counts(&server).0 > before, "somebody still has it");
+        drop(two);
+        let before = counts(&server);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        assert_eq!(counts(&server), before, "nobody has it");
+    }
+
+    #[tokio::test]
+    async fn what_may_not_or_cannot_be_watched_is_looked_at_now_and_then() {
+        let forbidden = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": "no", "reason": "Forbidden", "code": 403});
+        for (most, tried) in [(1, true), (0, false)] {
+            let (client, server) = server((403, forbidden.clone()));
+            let mut watched = quick(client, most).follow(&key());
+            assert_eq!(version(&mut watched).await, Version::At("100".to_owned()));
+            let began = Instant::now();
+            assert_eq!(version(&mut watched).await, Version::At("101".to_owned()));
+            let took = began.elapsed();
+            assert!(took >= Duration::from_millis(280), "{took:?}");
+            assert_eq!(counts(&server), (if tried { 2 } else { 0 }, 2));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_object_that_goes_is_absent_and_a_watch_that_fails_is_tried_again_later_and_later() {
+        let (client, _) = server((200, json!({"type": "DELETED", "object": seen(8)})));
+        let mut watched = quick(client, 1).follow(&key());
+        assert_eq!(version(&mut watched).await, Version::Absent);
+        let error = json!({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "metadata": {},
+            "status": "Failure", "message": "too old", "reason": "Expired", "code": 410}});
+        let (client, server) = server((200, error));
+        let watched = quick(client, 1).follow(&key());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let tries = counts(&server).0;
+        assert!((4..14).contains(&tries), "{tries}");
+        assert_eq!(watched.version(), Version::Unknown);
+    }
 }

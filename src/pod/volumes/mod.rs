@@ -6,6 +6,8 @@
 //! Sources: `pkg/volume/{configmap,secret,projected,downwardapi}`, `pkg/volume/util/atomic_writer.go` (which
 //! paths are refused), `operationexecutor` (the texts).
 
+#[cfg(test)]
+mod disk_tests;
 mod hostpath;
 pub mod keeper;
 pub mod memory;

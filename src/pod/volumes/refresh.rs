@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, Pod, Volume};
 
 use super::write::Target;
@@ -95,7 +96,7 @@ pub(super) async fn read(
     held: &mut Held,
 ) -> Result<Read, Refreshed> {
     let wanted = volume_references(volumes(pod, names));
-    let read = objects::read(&context.api, pod, &wanted, held).await;
+    let read = objects::read(&context.api, pod, &wanted, held, Timestamp::now()).await;
     read.map_err(|error| Refreshed { complaints: vec![error.to_string()], again: true })
 }
 

@@ -112,6 +112,8 @@ struct Roots<'a> {
     home: Option<files::Root>,
     /// Of emptyDirs in memory.
     memory: BTreeMap<String, PathBuf>,
+    /// Files that volumes had and do not have any more.
+    removed: BTreeMap<String, Vec<PathBuf>>,
     /// The one that was worked in last.
     open_memory: Option<files::Root>,
 }
@@ -120,7 +122,14 @@ impl<'a> Roots<'a> {
     fn open(target: &'a Target<'a>) -> Result<Self, WriteError> {
         let directory = target.ground.directory;
         let pod = files::Root::open(directory).map_err(fail(directory))?;
-        Ok(Self { target, pod, home: None, memory: BTreeMap::new(), open_memory: None })
+        Ok(Self {
+            target,
+            pod,
+            home: None,
+            memory: BTreeMap::new(),
+            removed: BTreeMap::new(),
+            open_memory: None,
+        })
     }
 
     /// One volume's own directory.
@@ -128,7 +137,11 @@ impl<'a> Roots<'a> {
         let path = Path::new(VOLUMES).join(name);
         let at = self.target.ground.directory.join(&path);
         match content {
-            Content::Files(files) => self.files(name, files).map(drop),
+            Content::Files(files) => {
+                let written = self.files(name, files)?;
+                self.removed.insert(name.to_owned(), written.removed);
+                Ok(())
+            }
             Content::Empty(EmptyDir { memory: false, .. }) => {
                 self.make(Path::new(VOLUMES), DIR_MODE, &at)?;
                 let made = self.pod.beneath(&path, EMPTY_DIR_MODE).map_err(fail(&at))?;
@@ -197,6 +210,10 @@ impl<'a> Roots<'a> {
             if let Some(Content::Files(files)) = contents.get(&view.volume) {
                 self.show(view, &plan.container, files)?;
             }
+        }
+        for view in plan.views.iter().filter(|view| view.place.root == Root::Home) {
+            let removed = self.removed.get(&view.volume).cloned().unwrap_or_default();
+            self.remove_home(&view.place, &removed)?;
         }
         for file in plan.files.iter().filter(|file| file.by == By::Home || file.by == By::Copy && !running) {
             if let Some(Content::Files(files)) = contents.get(&file.volume)
@@ -301,8 +318,13 @@ impl<'a> Roots<'a> {
                 self.file(&at(path), "", entry)?;
             }
         }
+        self.remove_home(place, &written.removed)
+    }
+
+    /// Removes the pod's own files that a volume does not have any more.
+    fn remove_home(&mut self, place: &Place, removed: &[PathBuf]) -> Result<(), WriteError> {
         let list = self.target.ground.directory.join(directory::HOME_FILES);
-        for gone in &written.removed {
+        for gone in removed {
             let path = place.path.join(gone);
             let (root, _) = self.at(place, "")?;
             root.remove_if_own(&path, &list).map_err(fail(&self.target.ground.home.join(&path)))?;

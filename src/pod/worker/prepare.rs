@@ -211,7 +211,7 @@ pub async fn prepare_again(
 }
 
 async fn read_objects(context: &Context, pod: &Pod, held: &mut Held) -> Result<Read, PrepareError> {
-    let read = objects::read(&context.api, pod, &references(pod), held).await;
+    let read = objects::read(&context.api, pod, &references(pod), held, Timestamp::now()).await;
     read.map_err(|ReadError { what, source }| PrepareError::Api { what, source })
 }
 
