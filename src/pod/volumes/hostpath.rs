@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::HostPathVolumeSource;
 pub struct HostPath {
     /// Where, absolute.
     pub path: PathBuf,
-    /// What it has to be; empty for anything, also for nothing.
+    /// What it has to be; empty for anything.
     pub kind: String,
 }
 
@@ -45,6 +45,8 @@ pub(super) fn check(host: &HostPath) -> Result<(), String> {
         format!("{} cannot be made: {error}; it is made as the allocation's owner", path.display())
     };
     match host.kind.as_str() {
+        // What a container runtime makes of a path that is not there (containerd's spec_linux_opts.go, WithMounts).
+        "" if found.is_none() => DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(failed),
         "" => Ok(()),
         "DirectoryOrCreate" if found.is_none() => {
             DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(failed)
@@ -82,7 +84,7 @@ mod tests {
             Err(format!("hostPath type check failed: {} is not a {what}", path.display()))
         };
         for (path, kind, wanted) in [
-            (at("none"), "", Ok(())),
+            (at("untyped/deep"), "", Ok(())),
             (at("dir"), "Directory", Ok(())),
             (at("link"), "Directory", Ok(())),
             (at("file"), "Directory", refused(&at("file"), "directory")),
@@ -103,7 +105,7 @@ mod tests {
         ] {
             assert_eq!(check(&HostPath { path: path.clone(), kind: kind.to_owned() }), wanted, "{kind}");
         }
-        assert!(at("made/deep").is_dir() && at("made.txt").is_file());
+        assert!(at("untyped/deep").is_dir() && at("made/deep").is_dir() && at("made.txt").is_file());
         assert_eq!(fs::read_to_string(at("file")).unwrap(), "x");
         let error = check(&HostPath { path: at("file/x"), kind: "DirectoryOrCreate".to_owned() });
         assert!(error.unwrap_err().contains("cannot be made"));

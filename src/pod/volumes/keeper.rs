@@ -36,7 +36,7 @@ const RETRY_FIRST: Duration = Duration::from_secs(2);
 const RETRY_MOST: Duration = Duration::from_secs(60);
 
 /// How long the end of a pod waits for what is being written: on a disk that hangs it is left behind.
-const END_LIMIT: Duration = Duration::from_secs(5);
+const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// The longest sleep: clocks may jump, and tokens end by the clock.
 const SLEEP_MOST: Duration = Duration::from_secs(300);
@@ -251,7 +251,11 @@ impl Keep {
             let input = self.input.borrow_and_update().clone();
             let now = Instant::now();
             if self.look_at.is_some_and(|at| at <= now) {
-                self.look(&input).await;
+                let over = Self::over(self.input.clone());
+                tokio::select! {
+                    () = self.look(&input) => {}
+                    Err(Over) = over => return,
+                }
             }
             let wake = match self.step(&input).await {
                 Ok(wake) => wake,

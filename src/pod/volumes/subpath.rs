@@ -106,14 +106,13 @@ fn expand(expression: &str, value: &dyn Fn(&str) -> Option<String>) -> Result<St
     Err(SubPathError::Missing(missing.into_iter().collect::<Vec<_>>().join(", ")))
 }
 
-/// The place of `sub` in the volume at `base`, which is `root`. What is not there is made as a directory of the volume's own
+/// The place of `sub` in the volume at `base`. What is not there is made as a directory of the volume's own
 /// mode. Links in the volume are followed as long as they stay in it.
 ///
 /// # Errors
 /// When it leaves the volume, or cannot be made or looked at.
 pub(super) fn resolve(
     base: &Path,
-    root: &Root,
     sub: &Path,
     mount: &str,
     container: &str,
@@ -124,6 +123,7 @@ pub(super) fn resolve(
         SubPathError::Prepare { mount, container, problem }
     };
     let path = base.join(sub);
+    let root = Root::open(base).map_err(|error| prepare(format!("{}: {error}", base.display())))?;
     match fs::metadata(&path) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -200,13 +200,12 @@ mod tests {
     fn nothing_is_reached_or_made_outside_of_the_volume() {
         let (volume, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let base = fs::canonicalize(volume.path()).unwrap();
-        let root = Root::open(&base).unwrap();
         fs::create_dir(base.join("real")).unwrap();
         fs::write(base.join("file"), "x").unwrap();
         symlink("real", base.join("inside")).unwrap();
         symlink(outside.path(), base.join("out")).unwrap();
         symlink("/nowhere/at/all", base.join("dangling")).unwrap();
-        let got = |sub: &str| resolve(&base, &root, Path::new(sub), "v", "c1");
+        let got = |sub: &str| resolve(&base, Path::new(sub), "v", "c1");
         for (sub, wanted) in
             [("real", "real"), ("file", "file"), ("inside", "real"), ("new/deep", "new/deep")]
         {

@@ -250,8 +250,7 @@ impl<'a> Roots<'a> {
             _ => directory.join(VOLUMES).join(&link.volume),
         };
         if !link.sub.as_os_str().is_empty() {
-            let root = files::Root::open(&base).map_err(fail(&base))?;
-            if let Err(problem) = subpath::resolve(&base, &root, &link.sub, &link.volume, container) {
+            if let Err(problem) = subpath::resolve(&base, &link.sub, &link.volume, container) {
                 return Ok(Err(problem));
             }
         }
