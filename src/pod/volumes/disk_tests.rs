@@ -267,3 +267,28 @@ fn a_path_in_the_volume_that_another_is_mounted_on_is_there_for_the_mount() {
     assert_eq!(disk.read("c1", "etc/x/deep/y/a.sh").as_deref(), Some("echo a"));
     assert_eq!(disk.read("c1", "etc/x/s.sh").as_deref(), Some("x"));
 }
+
+#[test]
+fn what_a_pod_has_in_memory_goes_with_its_directory() {
+    use crate::pod::directory::{self, Liveness, Marker, ProcessIdentity};
+    let (pods, disk) = (tempfile::tempdir().unwrap(), Disk::new("removed"));
+    let marker = Marker {
+        uid: disk.uid.clone(),
+        namespace: "ns".to_owned(),
+        name: "p".to_owned(),
+        job: None,
+        host: "h".to_owned(),
+        node: None,
+        cluster: None,
+        pilot: ProcessIdentity { pid: 1, start: 2, boot: "b".to_owned() },
+    };
+    let claimed = directory::claim(pods.path(), &marker, |_| Liveness::Alive).unwrap();
+    let pod = one(json!([mount("e", "m")]), json!([{"name": "e", "emptyDir": {"medium": "Memory"}}]));
+    let ground = Ground { directory: &claimed, home: disk.home.path() };
+    let (contents, mut plans) = all(&pod, &objects(), &ground).unwrap();
+    write(&Target { ground, ..disk.target() }, &contents, &mut plans, &BTreeSet::new()).unwrap();
+    let real = plans[0].mounts[0].source.clone();
+    fs::write(real.join("x"), "x").unwrap();
+    directory::remove(&claimed, &disk.uid, &pods.path().join("kept/job"), None).unwrap();
+    assert!(!real.exists() && !claimed.exists());
+}

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::refresh::{self, Layout};
+use super::refresh::{self, Layout, Refreshed};
 use super::{VOLUMES, VolumeError, memory, usage};
 use crate::pod::context::{Context, reading_disk};
 use crate::pod::environment::References;
@@ -323,18 +323,24 @@ impl Keep {
         if !stale.is_empty() {
             let told: Vec<(Key, Version)> =
                 self.watched.iter().map(|(key, watched)| (key.clone(), watched.version())).collect();
-            let read = tokio::select! {
-                read = refresh::read(&self.context, &pod, &stale, &mut held) => read,
-                Err(Over) = Self::over(self.input.clone()) => return Err(Over),
-            };
-            // What is being written is never left half done.
-            let done = match read {
-                Ok(read) => {
-                    refresh::apply(&self.context, &pod, &input.directory, &layout, &stale, read, &mut held)
-                        .await
-                }
-                Err(failed) => failed,
-            };
+            let mut done = Refreshed::default();
+            // One by one: what is the matter with one volume holds no other up.
+            for name in &stale {
+                let read = tokio::select! {
+                    read = refresh::read(&self.context, &pod, name, &mut held) => read,
+                    Err(Over) = Self::over(self.input.clone()) => return Err(Over),
+                };
+                // What is being written is never left half done.
+                let one = match read {
+                    Ok(read) => {
+                        let (context, directory) = (&self.context, &input.directory);
+                        refresh::apply(context, &pod, directory, &layout, name, read, &mut held).await
+                    }
+                    Err(failed) => failed,
+                };
+                done.again |= one.again;
+                done.complaints.extend(one.complaints);
+            }
             drop(held);
             self.complain(&pod, &done.complaints);
             if done.again {

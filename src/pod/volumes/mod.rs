@@ -214,6 +214,14 @@ pub enum VolumeError {
         /// What is the matter with it.
         problem: String,
     },
+    /// A volume whose name cannot be one.
+    #[error("volume {volume:?}: {problem}")]
+    Name {
+        /// The volume.
+        volume: String,
+        /// What is the matter with it.
+        problem: &'static str,
+    },
     /// A volume of a kind that a process node cannot serve.
     #[error(
         "volume {volume:?} is of kind {kind}, which jiriaf-pilot does not support: use configMap, secret, projected, downwardAPI, emptyDir or hostPath"
@@ -265,6 +273,14 @@ pub fn contents(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Contents,
         .map(|mount| mount.name)
         .collect();
     let volumes = spec.volumes.iter().flatten().filter(|volume| mounted.contains(&volume.name));
+    // An API server takes no other; the manifests of `play` have met none.
+    let is_label = |name: &str| {
+        (1..=63).contains(&name.len()) && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    };
+    if let Some(wrong) = volumes.clone().find(|volume| !is_label(&volume.name)) {
+        let problem = "its name must be a DNS label: at most 63 of a-z, 0-9 and `-`";
+        return Err(VolumeError::Name { volume: wrong.name.clone(), problem });
+    }
     volumes.map(|volume| Ok((volume.name.clone(), content(volume, pod, objects, facts)?))).collect()
 }
 

@@ -88,37 +88,36 @@ pub(super) struct Refreshed {
     pub again: bool,
 }
 
-/// Reads what the volumes of these names are made of.
+/// Reads what a volume is made of.
 pub(super) async fn read(
     context: &Context,
     pod: &Pod,
-    names: &BTreeSet<String>,
+    name: &str,
     held: &mut Held,
 ) -> Result<Read, Refreshed> {
-    let wanted = volume_references(volumes(pod, names));
+    let wanted = volume_references(volume(pod, name));
     let read = objects::read(&context.api, pod, &wanted, held, Timestamp::now()).await;
     read.map_err(|error| Refreshed { complaints: vec![error.to_string()], again: true })
 }
 
-fn volumes<'a>(pod: &'a Pod, names: &BTreeSet<String>) -> impl Iterator<Item = &'a Volume> {
-    let all = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-    all.filter(|volume| names.contains(&volume.name))
+fn volume<'a>(pod: &'a Pod, name: &str) -> Option<&'a Volume> {
+    pod.spec.as_ref()?.volumes.iter().flatten().find(|volume| volume.name == name)
 }
 
-/// Makes the volumes of these names true by what was read.
+/// Makes a volume true by what was read.
 pub(super) async fn apply(
     context: &Context,
     pod: &Pod,
     directory: &Path,
     layout: &Layout,
-    names: &BTreeSet<String>,
+    name: &str,
     read: Read,
     held: &mut Held,
 ) -> Refreshed {
     let mut done = Refreshed::default();
     let facts = context.facts();
     let mut contents = Contents::new();
-    for volume in volumes(pod, names) {
+    if let Some(volume) = volume(pod, name) {
         match super::content(volume, pod, &read.objects, &facts) {
             Ok(content) => {
                 contents.insert(volume.name.clone(), content);

@@ -260,6 +260,11 @@ fn what_cannot_be_served_is_refused_by_name() {
         (json!([mount("v", "m")]), json!([{"name": "v", "nfs": {"server": "s", "path": "/"}}]), "kind nfs"),
         (json!([mount("v", "a/../../b")]), json!([cm]), "holds `..`"),
         (json!([mount("v", "~/..")]), json!([cm]), "holds `..`"),
+        (
+            json!([mount("../../v", "m")]),
+            json!([{"name": "../../v", "emptyDir": {"medium": "Memory"}}]),
+            "DNS label",
+        ),
         (json!([mount("w", "m")]), json!([cm]), "no volume of this name"),
         (json!([mount("v", "logs")]), json!([cm]), "logs"),
         (json!([mount("v", "/pgid")]), json!([empty]), "pgid"),
@@ -357,26 +362,34 @@ proptest! {
     #[test]
     fn nothing_planned_ever_leaves_its_root(
         paths in prop::collection::vec("[./~ab]{0,8}", 1..4),
-        kinds in prop::collection::vec(any::<bool>(), 4),
+        kinds in prop::collection::vec(0..5u8, 4),
+        subs in prop::collection::vec(prop::option::of("[./ab]{0,5}"), 4),
         keys in prop::collection::vec("[./ab]{0,6}", 1..3),
     ) {
         let mut objects = Objects::default();
         let data: serde_json::Map<String, Value> =
             keys.iter().map(|key| (key.clone(), json!("x"))).collect();
         objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).unwrap());
-        let mounts: Vec<Value> =
-            paths.iter().enumerate().map(|(index, path)| mount(&format!("v{index}"), path)).collect();
+        let mounts: Vec<Value> = (0..paths.len())
+            .map(|n| json!({"name": format!("v{n}"), "mountPath": paths[n], "subPath": subs[n]}))
+            .collect();
         let volumes: Vec<Value> = (0..paths.len())
-            .map(|index| {
-                let name = format!("v{index}");
-                if kinds[index] {
-                    json!({"name": name, "emptyDir": {}})
-                } else {
-                    json!({"name": name, "configMap": {"name": "cm"}})
-                }
+            .map(|n| {
+                let mut volume = match kinds[n] {
+                    0 => json!({"emptyDir": {}}),
+                    1 => json!({"emptyDir": {"medium": "Memory"}}),
+                    2 => json!({"hostPath": {"path": format!("/{}", paths[n])}}),
+                    _ => json!({"configMap": {"name": "cm"}}),
+                };
+                volume["name"] = json!(format!("v{n}"));
+                volume
             })
             .collect();
-        let Ok((_, plans)) = all(&one(json!(mounts), json!(volumes)), &objects, &ground()) else {
+        let pod = one(json!(mounts), json!(volumes));
+        if sub_paths(&pod.spec.as_ref().unwrap().containers[0], &|_| None).is_err() {
+            return Ok(());
+        }
+        let Ok((_, plans)) = all(&pod, &objects, &ground()) else {
             return Ok(());
         };
         for plan in &plans {

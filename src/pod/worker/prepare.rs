@@ -474,6 +474,7 @@ mod tests {
             (VolumeError::NotFound { volume: text(), kind: "secret", name: text() }.into(), true),
             (VolumeError::Content { volume: text(), problem: text() }.into(), true),
             (VolumeError::Kind { volume: text(), kind: text() }.into(), false),
+            (VolumeError::Name { volume: text(), problem: "a" }.into(), false),
             (VolumeError::Mount { container, mount, path, problem }.into(), false),
             (PrepareError::Write { path: PathBuf::new(), source: full() }, true),
             (PrepareError::Occupied { path: PathBuf::new(), source: full() }, true),
