@@ -447,3 +447,43 @@ impl Keep {
 
 /// The worker has let go.
 struct Over;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, from_value, json};
+
+    use super::*;
+
+    fn pod(volumes: Value) -> Pod {
+        from_value(json!({"metadata": {"name": "p"}, "spec": {"containers": [], "volumes": volumes}}))
+            .unwrap()
+    }
+
+    #[test]
+    fn limits_are_told_as_the_pod_writes_them() {
+        let pod = pod(json!([
+            {"name": "a", "emptyDir": {}},
+            {"name": "b", "emptyDir": {"sizeLimit": "1Mi"}},
+            {"name": "c", "emptyDir": {"sizeLimit": "0", "medium": "Memory"}},
+            {"name": "d", "emptyDir": {"sizeLimit": "2G", "medium": "Memory"}},
+        ]));
+        let wanted = [("b", 1 << 20, "1Mi"), ("d", 2_000_000_000, "2G")];
+        assert_eq!(limits(&pod), wanted.map(|(name, bytes, text)| (name.to_owned(), bytes, text.to_owned())));
+        assert_eq!(exceeded("b", "1Mi"), "Usage of EmptyDir volume \"b\" exceeds the limit \"1Mi\". ");
+    }
+
+    #[test]
+    fn a_pod_whose_volumes_never_change_costs_nothing() {
+        for (volume, wanted) in [
+            (json!({"emptyDir": {}}), false),
+            (json!({"hostPath": {"path": "/x"}}), false),
+            (json!({"emptyDir": {"sizeLimit": "1Mi"}}), true),
+            (json!({"configMap": {"name": "c"}}), true),
+            (json!({"downwardAPI": {}}), true),
+        ] {
+            let mut volume = volume;
+            volume["name"] = json!("v");
+            assert_eq!(has_to_be_kept(&pod(json!([volume]))), wanted, "{volume}");
+        }
+    }
+}

@@ -199,7 +199,7 @@ impl<'a> Roots<'a> {
         }
         for link in &plan.links {
             let at = absolute(&link.place, &plan.container, &ground);
-            let to = match self.leads_to(link, contents, &plan.container)? {
+            let to = match self.leads_to(link, contents, &plan.container) {
                 Ok(to) => to,
                 Err(problem) => return Ok(Some(problem)),
             };
@@ -243,23 +243,23 @@ impl<'a> Roots<'a> {
         link: &PlannedLink,
         contents: &Contents,
         container: &str,
-    ) -> Result<Result<PathBuf, SubPathError>, WriteError> {
+    ) -> Result<PathBuf, SubPathError> {
         let directory = self.target.ground.directory;
         let base = match contents.get(&link.volume) {
             Some(Content::Host(host)) => host.path.clone(),
             _ => directory.join(VOLUMES).join(&link.volume),
         };
-        if !link.sub.as_os_str().is_empty() {
-            if let Err(problem) = subpath::resolve(&base, &link.sub, &link.volume, container) {
-                return Ok(Err(problem));
-            }
+        if !link.sub.as_os_str().is_empty()
+            && let Err(problem) = subpath::resolve(&base, &link.sub, &link.volume, container)
+        {
+            return Err(problem);
         }
         let to = match contents.get(&link.volume) {
             Some(Content::Host(host)) if link.sub.as_os_str().is_empty() => host.path.clone(),
             Some(Content::Host(host)) => host.path.join(&link.sub),
             _ => self.to_volume(&link.place, &Path::new(&link.volume).join(&link.sub)),
         };
-        Ok(Ok(to))
+        Ok(to)
     }
 
     /// The way from a place to something in the pod's volumes.

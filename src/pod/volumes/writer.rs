@@ -253,6 +253,18 @@ mod tests {
     }
 
     #[test]
+    fn a_write_that_fails_leaves_what_was_there() {
+        let volume = tempfile::tempdir().unwrap();
+        let root = Root::open(volume.path()).unwrap();
+        write(&root, &files(&[("a", "1", 0o644)]), None).unwrap();
+        let before = names(volume.path());
+        // A file cannot be a directory too.
+        assert!(write(&root, &files(&[("a", "2", 0o644), ("a/b", "2", 0o644)]), None).is_err());
+        assert_eq!(names(volume.path()), before);
+        assert_eq!(fs::read_to_string(volume.path().join("a")).unwrap(), "1");
+    }
+
+    #[test]
     fn names_that_are_gone_go_and_what_is_not_ours_stays() {
         let volume = tempfile::tempdir().unwrap();
         let root = Root::open(volume.path()).unwrap();
