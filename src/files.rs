@@ -4,6 +4,8 @@
 //! walked component by component without following a link, so that neither `..` nor a link leads out of the root. (What
 //! openat2(2)'s RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS do, on the old kernels of compute nodes too.)
 
+mod links;
+
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
@@ -196,6 +198,17 @@ impl Root {
             }
         }
         result
+    }
+
+    /// Removes a file that [`Root::write_own`] has put on `list`; anything else stays.
+    ///
+    /// # Errors
+    /// When the list cannot be read or the file cannot be removed.
+    pub fn remove_if_own(&self, path: &Path, list: &Path) -> io::Result<()> {
+        match path.to_str() {
+            Some(line) if read_list(list)?.lines().any(|known| known == line) => self.remove_file(path),
+            _ => Ok(()),
+        }
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {

@@ -74,6 +74,7 @@ impl Bed {
             oom_score_adj: None,
             open_files: None,
             stop_signal: None,
+            no_new_privs: false,
             orphan_timeout: SOON,
             drain_at: None,
             grace: Duration::from_millis(100),

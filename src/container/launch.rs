@@ -120,6 +120,9 @@ fn become_container(launch: &Launch, given: Option<OwnedFd>, keep: RawFd) -> Res
         problem: error.to_string(),
     })?;
     reset_ignored_signals();
+    if launch.no_new_privs {
+        nix::sys::prctl::set_no_new_privs().map_err(other("giving up any new privileges"))?;
+    }
     Ok(())
 }
 

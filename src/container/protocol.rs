@@ -80,6 +80,9 @@ pub struct ContainerSpec {
     /// What asks it to end, where that is not SIGTERM (signal(7)).
     #[serde(default)]
     pub stop_signal: Option<i32>,
+    /// Whether no program of it may ever have more rights than it begins with (prctl(2), PR_SET_NO_NEW_PRIVS).
+    #[serde(default)]
+    pub no_new_privs: bool,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -304,6 +307,7 @@ pub(super) struct Launch {
     pub session: Session,
     pub oom_score_adj: Option<i32>,
     pub open_files: Option<u64>,
+    pub no_new_privs: bool,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
 }
@@ -353,6 +357,7 @@ mod tests {
             oom_score_adj: None,
             open_files: None,
             stop_signal: None,
+            no_new_privs: false,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

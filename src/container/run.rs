@@ -91,6 +91,7 @@ pub(super) struct Surroundings {
     pub(super) session: Session,
     pub(super) oom_score_adj: Option<i32>,
     pub(super) open_files: Option<u64>,
+    pub(super) no_new_privs: bool,
 }
 
 /// A container that was started.
@@ -132,6 +133,7 @@ impl Running {
             session: spec.session,
             oom_score_adj: spec.oom_score_adj,
             open_files: spec.open_files,
+            no_new_privs: spec.no_new_privs,
         };
         let ends = Ends::make(spec.stdio)?;
         let mut env = spec.env;
@@ -147,6 +149,7 @@ impl Running {
             session: spec.session,
             oom_score_adj: spec.oom_score_adj,
             open_files: spec.open_files,
+            no_new_privs: spec.no_new_privs,
             stdin: ends.kind,
         };
         let (socket, outputs) = launcher.launch(&launch, ends.theirs.as_ref())?;

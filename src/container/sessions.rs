@@ -218,6 +218,7 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         session: surroundings.session,
         oom_score_adj: surroundings.oom_score_adj,
         open_files: surroundings.open_files,
+        no_new_privs: surroundings.no_new_privs,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
     };
     let (socket, _) = launcher.launch(&launch, Some(&stdin))?;

@@ -6,12 +6,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret, ServiceAccount};
 use k8s_openapi::serde_json::Value;
 use k8s_openapi::serde_json::json;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use tokio::sync::{Semaphore, mpsc, watch};
+
+use super::objects::watches::{self, Watches};
 
 /// Longest wait for one call. An API server that is alive answers in milliseconds; its own request timeout is 60 s, but
 /// a drain has less than that.
@@ -38,6 +41,7 @@ pub struct Cluster {
     client: kube::Client,
     calls: Arc<Semaphore>,
     draining: watch::Receiver<bool>,
+    watches: Arc<Watches>,
 }
 
 /// The objects of manifests.
@@ -102,7 +106,14 @@ pub enum Patched {
 #[derive(Debug)]
 pub enum Token {
     /// The token.
-    Granted(String),
+    Granted {
+        /// It.
+        token: String,
+        /// Until when it holds; none where the answer does not say.
+        expires: Option<Timestamp>,
+        /// For how many seconds it was given.
+        life: i64,
+    },
     /// The credential may not ask for it.
     Denied(String),
 }
@@ -122,7 +133,15 @@ impl Cluster {
     /// Talks to the API server through `client`. `draining` turns true when time is short.
     #[must_use]
     pub fn new(client: kube::Client, draining: watch::Receiver<bool>) -> Self {
-        Self { client, calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)), draining }
+        let watches = Arc::new(Watches::new(client.clone(), watches::MOST));
+        Self { client, calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)), draining, watches }
+    }
+
+    /// With no more than so many watches at once.
+    #[must_use]
+    pub fn with_watches(mut self, most: usize) -> Self {
+        self.watches = Arc::new(Watches::new(self.client.clone(), most));
+        self
     }
 
     async fn call<T>(&self, request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, ApiError> {
@@ -139,6 +158,15 @@ impl Cluster {
 }
 
 impl Api {
+    /// Tells when ConfigMaps and Secrets change; none where they never do.
+    #[must_use]
+    pub fn watches(&self) -> Option<&Watches> {
+        match self {
+            Self::Cluster(cluster) => Some(&cluster.watches),
+            Self::Files(_) => None,
+        }
+    }
+
     /// Reads one ConfigMap by name.
     ///
     /// # Errors
@@ -199,10 +227,16 @@ impl Api {
         };
         let params = PostParams::default();
         match cluster.call(api.create_token_request(&wish.service_account, &params, &request)).await {
-            Ok(answer) => Ok(answer.status.and_then(|status| status.token).map_or_else(
-                || Token::Denied("the API server's answer holds no token".to_owned()),
-                Token::Granted,
-            )),
+            Ok(answer) => {
+                let life = answer.spec.as_ref().and_then(|spec| spec.expiration_seconds);
+                let life = life.or(wish.expiration_seconds).unwrap_or_default();
+                let status = answer.status.unwrap_or_default();
+                let expires = status.expiration_timestamp.map(|at| at.0);
+                Ok(match status.token {
+                    Some(token) => Token::Granted { token, expires, life },
+                    None => Token::Denied("the API server's answer holds no token".to_owned()),
+                })
+            }
             Err(error) if error.code() == Some(403) => Ok(Token::Denied(error.to_string())),
             Err(error) => Err(error),
         }

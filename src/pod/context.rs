@@ -11,6 +11,7 @@ use tokio::task::JoinError;
 
 use super::api::Api;
 use super::directory::ProcessIdentity;
+use super::environment::Facts;
 use super::events::Events;
 use super::expansion::Expand;
 use super::images::Images;
@@ -115,6 +116,19 @@ pub struct Context {
     pub ports: Option<Ports>,
     /// Where output goes besides the log.
     pub output: Option<mpsc::Sender<OutputLine>>,
+}
+
+impl Context {
+    /// What the downward API tells of the node.
+    #[must_use]
+    pub fn facts(&self) -> Facts {
+        Facts {
+            node_name: self.identity.node.clone().unwrap_or_else(|| self.identity.host.clone()),
+            pod_ips: vec![self.identity.ip.clone()],
+            host_ips: vec![self.identity.ip.clone()],
+            allocatable: self.allocatable.clone(),
+        }
+    }
 }
 
 /// This pilot's Node, host and job.

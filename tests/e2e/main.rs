@@ -39,4 +39,6 @@ mod signals;
 mod status;
 mod tunnel;
 mod volumes;
+mod volumes_kept;
+mod volumes_kinds;
 mod walltime;

@@ -100,7 +100,7 @@ fn items_modes_and_binary_data_are_as_kubernetes_says() {
     let pilot = Pilot::local(Options::new("items"), 300);
     namespace.config_map(
         "p",
-        &[("run.sh", "stat -c '%a %n' f/* >$JIRIAF_POD_DIR/modes; cat f/b >$JIRIAF_POD_DIR/b\n")],
+        &[("run.sh", "stat -Lc '%a %n' f/* >$JIRIAF_POD_DIR/modes; cat f/b >$JIRIAF_POD_DIR/b\n")],
     );
     namespace.of("configmaps").create(&json!({"metadata": {"name": "files"},
         "data": {"one": "1", "two": "2"}, "binaryData": {"bytes": "AP8="}}));

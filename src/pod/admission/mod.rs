@@ -17,6 +17,7 @@ pub use load::Load;
 
 use super::containers;
 use super::quantity::{self, Amount};
+use super::security;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
 
 /// What admission knows of the node.
@@ -125,7 +126,8 @@ fn supported(spec: &PodSpec) -> Result<(), Rejection> {
     {
         "spec.containers[].volumeDevices"
     } else {
-        return Ok(());
+        return security::check(spec, security::Us::now())
+            .or_else(|unsupported| rejected("UnsupportedPodSpec", unsupported.to_string()));
     };
     rejected(
         "UnsupportedPodSpec",

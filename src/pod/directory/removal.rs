@@ -13,6 +13,7 @@ use super::{
     DirectoryError, HOME_FILES, Marker, Occupant, cut, kept_name, look, make_kept, read_marker, suffixed,
 };
 use crate::files;
+use crate::pod::volumes::memory;
 
 /// What the name of a directory begins with that is being removed.
 pub(super) const TRASH: &str = ".trash-";
@@ -85,6 +86,9 @@ fn finish(
         let path = give_back(trash, place, marker);
         let source = io::Error::new(error.kind(), format!("the directory stays: {error}"));
         return Err(DirectoryError { path, source });
+    }
+    if let Err(error) = memory::remove(&marker.uid) {
+        tracing::warn!(uid = marker.uid, %error, "what a pod had in memory could not be removed");
     }
     remove_tree(trash).map_err(|source| DirectoryError { path: trash.to_owned(), source })?;
     Ok(logs)

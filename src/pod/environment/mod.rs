@@ -16,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 pub use container::{Additions, ContainerEnv, EnvInput, Skipped, container_env};
 pub use env_files::EnvFiles;
 pub use fields::{field_value, resource_value};
-pub use references::{References, TokenRef, references};
+pub use references::{References, TokenRef, references, volume_references};
 pub use services::{Service, ServicePort, service_variables};
 
 /// Names and values, each name once, in name order.

@@ -73,6 +73,14 @@ pub fn references(pod: &Pod) -> References {
     found
 }
 
+/// What these volumes need.
+#[must_use]
+pub fn volume_references<'a>(volumes: impl IntoIterator<Item = &'a Volume>) -> References {
+    let mut found = References::default();
+    volumes.into_iter().for_each(|volume| of_volume(volume, &mut found));
+    found
+}
+
 fn of_environment(container: &Container, found: &mut References) {
     for source in container.env_from.iter().flatten() {
         if let Some(source) = &source.config_map_ref {

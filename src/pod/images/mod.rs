@@ -13,7 +13,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Container;
 
 pub use self::reference::Reference;
-pub use self::run::{Bind, Run, RunError, binds, run};
+pub use self::run::{Run, RunError, run};
 use self::table::Entry;
 
 /// A table is written by hand; one that is larger is another file.

@@ -1,6 +1,6 @@
 //! What is started in an image's place: an argument vector, an environment.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use k8s_openapi::api::core::v1::Container;
 
@@ -8,17 +8,7 @@ use super::Found;
 use crate::pod::command_line::expand_all;
 use crate::pod::environment::{ConfigError, ContainerEnv, Vars};
 use crate::pod::expansion::Expand;
-
-/// A directory or a file that a container of Apptainer sees.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
-    /// Where it is on the host, absolute.
-    pub source: PathBuf,
-    /// Where the container sees it, absolute.
-    pub target: PathBuf,
-    /// Whether it can only be read there.
-    pub read_only: bool,
-}
+use crate::pod::volumes::PlannedMount;
 
 /// What is started.
 #[derive(Clone, PartialEq, Eq)]
@@ -44,7 +34,7 @@ pub enum RunError {
     },
     /// Apptainer takes a bind as one text with separators.
     #[error("a volume is to be mounted from {source} to {target}: Apptainer cannot mount paths that hold `,` or `:`", source = .0.source.display(), target = .0.target.display())]
-    Path(Bind),
+    Path(PlannedMount),
     /// A reference to a variable cannot be replaced.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -61,21 +51,6 @@ impl RunError {
     }
 }
 
-/// The container's volumeMounts as its directory shows them. What is mounted at `~` is in the home directory itself, which
-/// Apptainer mounts.
-#[must_use]
-pub fn binds(container: &Container, container_dir: &Path) -> Vec<Bind> {
-    let mounts = container.volume_mounts.iter().flatten().filter(|mount| !mount.mount_path.starts_with('~'));
-    mounts
-        .map(|mount| {
-            let source = container_dir.join(mount.mount_path.trim_start_matches('/'));
-            let absolute = mount.mount_path.starts_with('/');
-            let target = if absolute { PathBuf::from(&mount.mount_path) } else { source.clone() };
-            Bind { source, target, read_only: mount.read_only.unwrap_or(false) }
-        })
-        .collect()
-}
-
 /// What to start for a container whose image was found.
 ///
 /// The pod's `command` takes the place of the entrypoint, and its `args` that of the image's, as everywhere in Kubernetes;
@@ -87,7 +62,7 @@ pub fn run(
     found: &Found<'_>,
     container: &Container,
     env: &ContainerEnv,
-    binds: &[Bind],
+    binds: &[PlannedMount],
 ) -> Result<Run, RunError> {
     let entry = found.entry;
     let command = container.command.as_deref().unwrap_or_default();
@@ -133,7 +108,7 @@ fn inner(env: &ContainerEnv) -> Vars {
     vars
 }
 
-fn bind_text(bind: &Bind) -> Result<String, RunError> {
+fn bind_text(bind: &PlannedMount) -> Result<String, RunError> {
     let (source, target) = (bind.source.display().to_string(), bind.target.display().to_string());
     if [&source, &target].iter().any(|path| path.contains([',', ':'])) {
         return Err(RunError::Path(bind.clone()));
@@ -165,7 +140,12 @@ mod tests {
         texts.iter().map(|text| (*text).to_owned()).collect()
     }
 
-    fn made(images: &Images, command: &[&str], args: &[&str], binds: &[Bind]) -> Result<Run, RunError> {
+    fn made(
+        images: &Images,
+        command: &[&str],
+        args: &[&str],
+        binds: &[PlannedMount],
+    ) -> Result<Run, RunError> {
         let container =
             Container { command: Some(list(command)), args: Some(list(args)), ..Container::default() };
         let found = images.find("quay.io/org/app:v1", std::iter::empty()).unwrap();
@@ -212,9 +192,9 @@ mod tests {
         let images = table(
             "images: [{name: '**', run: apptainer, image: '/sif/{name}-{tag}.sif', options: [--nv], args: [d]}]",
         );
-        let bind = |source: &str, target: &str, read_only| Bind {
-            source: PathBuf::from(source),
-            target: PathBuf::from(target),
+        let bind = |source: &str, target: &str, read_only| PlannedMount {
+            source: source.into(),
+            target: target.into(),
             read_only,
         };
         let binds = [bind("/p/volumes/v", "/data", false), bind("/p/c/etc", "/etc/x", true)];
@@ -248,19 +228,5 @@ mod tests {
         let pulled = table("images: [{name: '**', run: apptainer, entrypoint: [e]}]");
         let run = made(&pulled, &[], &[], &[]).unwrap();
         assert_eq!(run.argv, ["apptainer", "exec", "--pwd", "/", "docker://quay.io/org/app:v1", "e"]);
-    }
-
-    #[test]
-    fn mounts_are_bound_from_the_containers_directory() {
-        let mount = |path: &str, read_only| k8s_openapi::api::core::v1::VolumeMount {
-            mount_path: path.to_owned(),
-            read_only,
-            ..Default::default()
-        };
-        let mounts = vec![mount("/etc/x", Some(true)), mount("rel", None), mount("~/h", None)];
-        let container = Container { volume_mounts: Some(mounts), ..Container::default() };
-        let got: Vec<String> =
-            binds(&container, Path::new("/p/c")).iter().map(|bind| bind_text(bind).unwrap()).collect();
-        assert_eq!(got, ["/p/c/etc/x:/etc/x:ro", "/p/c/rel:/p/c/rel"]);
     }
 }

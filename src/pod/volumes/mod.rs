@@ -6,20 +6,38 @@
 //! Sources: `pkg/volume/{configmap,secret,projected,downwardapi}`, `pkg/volume/util/atomic_writer.go` (which
 //! paths are refused), `operationexecutor` (the texts).
 
+#[cfg(test)]
+mod disk_tests;
+mod hostpath;
+pub mod keeper;
+pub mod memory;
 mod paths;
+mod planner;
+mod refresh;
 mod script;
 mod sources;
+mod subpath;
 #[cfg(test)]
 mod tests;
+mod usage;
+mod write;
+mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
+use k8s_openapi::api::core::v1::Pod;
 
 use super::containers;
 use super::environment::{Facts, Objects};
-pub use script::{ImageError, script};
+pub use hostpath::HostPath;
+pub use planner::{Ground, plan, sub_paths};
+pub use refresh::Layout;
+pub use script::{ImageError, Script, script};
+pub use sources::content;
+pub use subpath::SubPathError;
+
+pub use write::{Target, WriteError, write};
 
 /// What a place is relative to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +46,8 @@ pub enum Root {
     Container,
     /// The pod's directory, for what its containers share.
     Pod,
+    /// Where the pod's emptyDirs in memory are, each in a directory of its name.
+    Memory,
     /// The user's home directory: what is there already, and was not written by us, is never replaced.
     Home,
 }
@@ -41,30 +61,30 @@ pub struct Place {
     pub path: PathBuf,
 }
 
-/// A file to be written.
-#[derive(Clone, PartialEq, Eq)]
+/// A file of a volume, where a container sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedFile {
     /// Where.
     pub place: Place,
-    /// Its permission bits, whatever the umask.
-    pub mode: u32,
-    /// What is in it. May be secret.
-    pub data: Vec<u8>,
-    /// By which volumeMount (its index in the container) it comes.
-    pub mount: usize,
+    /// The volume.
+    pub volume: String,
     /// Its path within the volume.
     pub name: String,
+    /// By which volumeMount (its index in the container) it comes.
+    pub mount: usize,
+    /// How it gets there.
+    pub by: By,
 }
 
-impl std::fmt::Debug for PlannedFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // What is in the file may be a secret: its length alone is shown.
-        f.debug_struct("PlannedFile")
-            .field("place", &self.place)
-            .field("mode", &format_args!("{:#o}", self.mode))
-            .field("bytes", &self.data.len())
-            .finish_non_exhaustive()
-    }
+/// How a file of a volume gets to where a container sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    /// By the links of a [`PlannedView`]: it follows the volume.
+    View,
+    /// Written into the home directory, and again when it changes.
+    Home,
+    /// Written once, for a `subPath`: it stays as it was when the container started.
+    Copy,
 }
 
 /// A directory to be made, with what is above it.
@@ -76,26 +96,100 @@ pub struct PlannedDir {
     pub mode: u32,
 }
 
-/// A symbolic link of ours to a directory that the pod's containers share.
+/// A symbolic link of ours to a directory, or with a `subPath` to something in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedLink {
     /// Where.
     pub place: Place,
-    /// What it holds: a relative path from the link's directory, which stays in the pod's directory.
-    pub target: PathBuf,
+    /// The volume: an emptyDir or a hostPath.
+    pub volume: String,
+    /// What of it; empty for all.
+    pub sub: PathBuf,
 }
 
-/// What one container's directory is to hold. To be made in this order: `dirs`, `links`, `files`.
+/// A directory that shows a volume's files by links to them, so that one rename in the volume is seen by all containers. In
+/// the home directory they are files, beside the user's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedView {
+    /// Where.
+    pub place: Place,
+    /// The volume.
+    pub volume: String,
+}
+
+/// A mount as a kubelet would have it made, for a container that has a view of the file system of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedMount {
+    /// What is mounted: a directory or a file of the host, absolute.
+    pub source: PathBuf,
+    /// Where, absolute.
+    pub target: PathBuf,
+    /// Whether nothing can be written there.
+    pub read_only: bool,
+}
+
+/// What one container's directory is to hold. To be made in this order: `dirs`, `links`, `views`, `files`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ContainerPlan {
     /// The container's name.
     pub container: String,
     /// Directories, each after those above it.
     pub dirs: Vec<PlannedDir>,
-    /// Links to what is shared.
+    /// Links to directories.
     pub links: Vec<PlannedLink>,
-    /// Files.
+    /// Views of volumes' files.
+    pub views: Vec<PlannedView>,
+    /// All files that the container sees.
     pub files: Vec<PlannedFile>,
+    /// The same as mounts, outer ones first. Mounts at `~` are not among them: their files are in the home directory itself,
+    /// beside the user's own.
+    pub mounts: Vec<PlannedMount>,
+    /// Directories in volumes of files that other volumes are mounted on (pkg/volume/util/nested_volumes.go).
+    pub nested: BTreeSet<(String, PathBuf)>,
+    /// Why this container cannot start; nothing else is planned then.
+    pub problem: Option<SubPathError>,
+}
+
+/// What a volume comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// Files by their paths in it.
+    Files(Files),
+    /// An emptyDir.
+    Empty(EmptyDir),
+    /// A hostPath.
+    Host(HostPath),
+}
+
+/// The files of a volume, by their paths in it.
+pub type Files = BTreeMap<String, Entry>;
+
+/// What volumes come to, by their names.
+pub type Contents = BTreeMap<String, Content>;
+
+/// One file of a volume.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// What is in it. May be secret.
+    pub data: Vec<u8>,
+    /// Its permission bits, whatever the umask.
+    pub mode: u32,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // What is in the file may be a secret: its length alone is shown.
+        write!(f, "Entry({} bytes, {:#o})", self.data.len(), self.mode)
+    }
+}
+
+/// A directory that the pod's containers share, empty at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EmptyDir {
+    /// In memory, not on disk.
+    pub memory: bool,
+    /// The most bytes in it, where there is a limit.
+    pub limit: Option<u64>,
 }
 
 /// Why a pod's volumes cannot be set up. The containers wait (`ContainerCreating`) with an event of reason
@@ -120,9 +214,17 @@ pub enum VolumeError {
         /// What is the matter with it.
         problem: String,
     },
+    /// A volume whose name cannot be one.
+    #[error("volume {volume:?}: {problem}")]
+    Name {
+        /// The volume.
+        volume: String,
+        /// What is the matter with it.
+        problem: &'static str,
+    },
     /// A volume of a kind that a process node cannot serve.
     #[error(
-        "volume {volume:?} is of kind {kind}, which jiriaf-pilot does not support: use configMap, secret, projected, downwardAPI or emptyDir, or name the host's path in the script"
+        "volume {volume:?} is of kind {kind}, which jiriaf-pilot does not support: use configMap, secret, projected, downwardAPI, emptyDir or hostPath"
     )]
     Kind {
         /// The volume.
@@ -159,232 +261,46 @@ impl VolumeError {
     }
 }
 
-/// Mode of the directories that mounts are made in. The pod's own directory above them is 0700.
-const DIR_MODE: u32 = 0o755;
-/// Mode of an emptyDir, as kubelet makes it.
-const EMPTY_DIR_MODE: u32 = 0o777;
-/// Names in a container's directory that are the pilot's.
-const RESERVED: [&str; 2] = ["logs", "pgid"];
-
-/// Plans the volumes of all containers of a pod, in the spec's order. Volumes that no container mounts are
-/// skipped, as a kubelet skips them. What two containers mount beneath the same emptyDir at the same path is
-/// theirs to agree on: the later container's files win.
+/// What the volumes come to that a container mounts; the others are skipped, as a kubelet skips them
+/// (`desired_state_of_world_populator.go`).
 ///
 /// # Errors
-/// The first thing that is missing or cannot be served.
-pub fn plan(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Vec<ContainerPlan>, VolumeError> {
-    let Some(spec) = &pod.spec else { return Ok(Vec::new()) };
-    let volumes: BTreeMap<&str, &Volume> =
-        spec.volumes.iter().flatten().map(|volume| (volume.name.as_str(), volume)).collect();
-    let mut payloads = BTreeMap::new();
+/// The first thing that is missing or cannot be served, in the spec's order.
+pub fn contents(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Contents, VolumeError> {
+    let Some(spec) = &pod.spec else { return Ok(Contents::new()) };
     let mounted: BTreeSet<String> = containers::all(spec)
         .flat_map(|(_, container)| container.volume_mounts.clone().unwrap_or_default())
         .map(|mount| mount.name)
         .collect();
-    // In the spec's order, so that the same thing is named first each time.
-    for volume in spec.volumes.iter().flatten() {
-        if mounted.contains(volume.name.as_str()) {
-            let content = sources::content(volume, pod, objects, facts)?;
-            payloads.insert(volume.name.as_str(), content);
-        }
+    let volumes = spec.volumes.iter().flatten().filter(|volume| mounted.contains(&volume.name));
+    // An API server takes no other; the manifests of `play` have met none.
+    let is_label = |name: &str| {
+        (1..=63).contains(&name.len()) && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    };
+    if let Some(wrong) = volumes.clone().find(|volume| !is_label(&volume.name)) {
+        let problem = "its name must be a DNS label: at most 63 of a-z, 0-9 and `-`";
+        return Err(VolumeError::Name { volume: wrong.name.clone(), problem });
     }
-    containers::all(spec).map(|(_, container)| Planner::new(&container).plan(&volumes, &payloads)).collect()
+    volumes.map(|volume| Ok((volume.name.clone(), content(volume, pod, objects, facts)?))).collect()
 }
 
-/// What a volume comes to.
-enum Content {
-    /// Files by their paths in it.
-    Files(BTreeMap<String, Entry>),
-    /// An emptyDir.
-    Shared,
-}
-
-/// One file of a volume.
-struct Entry {
-    data: Vec<u8>,
-    mode: u32,
-}
-
-struct Planner<'a> {
-    container: &'a Container,
-    plan: ContainerPlan,
-    /// Where emptyDirs are mounted, and where they really are; deepest last.
-    shared: Vec<(Place, Place)>,
-    dirs: BTreeMap<Place, u32>,
-}
-
-impl<'a> Planner<'a> {
-    fn new(container: &'a Container) -> Self {
-        let plan = ContainerPlan { container: container.name.clone(), ..ContainerPlan::default() };
-        Self { container, plan, shared: Vec::new(), dirs: BTreeMap::new() }
-    }
-
-    fn plan(
-        mut self,
-        volumes: &BTreeMap<&str, &Volume>,
-        contents: &BTreeMap<&str, Content>,
-    ) -> Result<ContainerPlan, VolumeError> {
-        let mut mounts = Vec::new();
-        for (index, mount) in self.container.volume_mounts.iter().flatten().enumerate() {
-            let place = paths::mount_place(&mount.mount_path)
-                .map_err(|problem| self.refused(mount, problem.to_string()))?;
-            mounts.push((place, index, mount));
-        }
-        // Outer mounts first: what is mounted beneath an emptyDir belongs into it.
-        mounts.sort_by_key(|(place, index, _)| (place.path.components().count(), *index));
-        for (place, index, mount) in mounts {
-            let content = match contents.get(mount.name.as_str()) {
-                Some(content) if volumes.contains_key(mount.name.as_str()) => content,
-                _ => return Err(self.refused(mount, "the Pod has no volume of this name")),
-            };
-            self.mount(&place, index, mount, content)?;
-        }
-        self.check_conflicts()?;
-        self.plan.dirs = self.dirs.into_iter().map(|(place, mode)| PlannedDir { place, mode }).collect();
-        Ok(self.plan)
-    }
-
-    fn refused(&self, mount: &VolumeMount, problem: impl Into<String>) -> VolumeError {
-        VolumeError::Mount {
-            container: self.container.name.clone(),
-            mount: mount.name.clone(),
-            path: mount.mount_path.clone(),
-            problem: problem.into(),
-        }
-    }
-
-    fn mount(
-        &mut self,
-        place: &Place,
-        index: usize,
-        mount: &VolumeMount,
-        content: &Content,
-    ) -> Result<(), VolumeError> {
-        let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
-        if set(&mount.sub_path) || set(&mount.sub_path_expr) {
-            return Err(self.refused(
-                mount,
-                "subPath is not supported by jiriaf-pilot yet: mount the volume, or use `items` to choose its files",
-            ));
-        }
-        let real = self.really(place);
-        match content {
-            Content::Shared => self.link(place, &real, mount),
-            Content::Files(files) => {
-                self.make_dir(&real, DIR_MODE);
-                for (name, entry) in files {
-                    let file = Place { root: real.root, path: real.path.join(name) };
-                    if is_reserved(&file) {
-                        return Err(self.refused(mount, reserved_text(&file)));
-                    }
-                    if let Some(parent) = file.path.parent() {
-                        self.make_dir(&Place { root: file.root, path: parent.to_owned() }, DIR_MODE);
-                    }
-                    self.plan.files.push(PlannedFile {
-                        place: file,
-                        mode: entry.mode,
-                        data: entry.data.clone(),
-                        mount: index,
-                        name: name.clone(),
-                    });
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// An emptyDir: one directory of the pod, and a link to it.
-    fn link(&mut self, place: &Place, real: &Place, mount: &VolumeMount) -> Result<(), VolumeError> {
-        let target = Place { root: Root::Pod, path: Path::new("volumes").join(&mount.name) };
-        let depth = |path: &Path| path.components().count().saturating_sub(1);
-        let up = match real.root {
-            // `containers/<name>/` is two below the pod's directory.
-            Root::Container => depth(&real.path) + 2,
-            Root::Pod => depth(&real.path),
-            Root::Home => {
-                return Err(self.refused(
-                    mount,
-                    "an emptyDir goes with its pod and cannot be in the home directory: use a mountPath without `~`",
-                ));
-            }
-        };
-        let Some(parent) = real.path.parent() else {
-            return Err(self.refused(
-                mount,
-                "an emptyDir cannot be the container's directory itself: use another mountPath",
-            ));
-        };
-        if is_reserved(real) {
-            return Err(self.refused(mount, reserved_text(real)));
-        }
-        self.make_dir(&Place { root: real.root, path: parent.to_owned() }, DIR_MODE);
-        self.make_dir(&Place { root: Root::Pod, path: PathBuf::from("volumes") }, DIR_MODE);
-        self.dirs.insert(target.clone(), EMPTY_DIR_MODE);
-        let link: PathBuf = std::iter::repeat_n("..", up).collect();
-        self.plan.links.push(PlannedLink { place: real.clone(), target: link.join(&target.path) });
-        self.shared.push((place.clone(), target));
-        Ok(())
-    }
-
-    /// Where `place` really is, when it lies beneath an emptyDir.
-    fn really(&self, place: &Place) -> Place {
-        self.shared
-            .iter()
-            .rev()
-            .filter(|(mounted, _)| mounted.root == place.root)
-            .find_map(|(mounted, target)| {
-                let beneath = place.path.strip_prefix(&mounted.path).ok()?;
-                // At the very mountPath of another emptyDir: the same link, which is a conflict.
-                (!beneath.as_os_str().is_empty())
-                    .then(|| Place { root: target.root, path: target.path.join(beneath) })
-            })
-            .unwrap_or_else(|| place.clone())
-    }
-
-    /// A directory and those above it.
-    fn make_dir(&mut self, place: &Place, mode: u32) {
-        for path in place.path.ancestors().filter(|path| !path.as_os_str().is_empty()) {
-            self.dirs.entry(Place { root: place.root, path: path.to_owned() }).or_insert(mode);
-        }
-    }
-
-    /// Nothing may be two things at once: a file of two volumes, a file and a directory, a link and either.
-    fn check_conflicts(&self) -> Result<(), VolumeError> {
-        let links = self.plan.links.iter().map(|link| {
-            let volume = link.target.file_name().unwrap_or_default().to_string_lossy();
-            (&link.place, volume.into_owned())
-        });
-        let files = self.plan.files.iter().map(|file| {
-            let mount = self.container.volume_mounts.iter().flatten().nth(file.mount);
-            (&file.place, mount.map(|mount| mount.name.clone()).unwrap_or_default())
-        });
-        let mut taken: BTreeSet<&Place> = BTreeSet::new();
-        for (place, mount) in links.chain(files) {
-            if !taken.insert(place) || self.dirs.contains_key(place) {
-                return Err(VolumeError::Mount {
-                    container: self.container.name.clone(),
-                    mount,
-                    path: place.path.display().to_string(),
-                    problem:
-                        "something else is at the same path: give each volumeMount a mountPath of its own"
-                            .to_owned(),
-                });
-            }
-        }
-        Ok(())
+/// A place in the file system.
+#[must_use]
+pub fn absolute(place: &Place, container: &str, ground: &Ground<'_>) -> PathBuf {
+    match place.root {
+        Root::Container => container_dir(ground.directory, container).join(&place.path),
+        Root::Pod => ground.directory.join(&place.path),
+        // By the link in the pod's directory.
+        Root::Memory => ground.directory.join(VOLUMES).join(&place.path),
+        Root::Home => ground.home.join(&place.path),
     }
 }
 
-/// Whether a place in the container's directory is one of the pilot's own files.
-fn is_reserved(place: &Place) -> bool {
-    let first = place.path.components().next();
-    place.root == Root::Container
-        && first.is_some_and(|first| RESERVED.iter().any(|name| first.as_os_str() == *name))
+/// A container's directory.
+#[must_use]
+pub fn container_dir(directory: &Path, container: &str) -> PathBuf {
+    directory.join("containers").join(container)
 }
 
-fn reserved_text(place: &Place) -> String {
-    format!(
-        "{} is kept for the pilot's own `pgid` and `logs` in a container's directory: use another mountPath",
-        place.path.display()
-    )
-}
+/// The directory of the pod's that holds its volumes.
+pub(super) const VOLUMES: &str = "volumes";

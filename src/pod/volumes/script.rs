@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::Container;
 
-use super::{ContainerPlan, Place};
+use super::{By, ContainerPlan, Content, Contents, Place};
 
 /// Parts of names that a script of several files does not have: certificates and keys lie beside it (as JIRIAF
 /// has it, so that `monkey.sh` is none either).
@@ -52,14 +52,19 @@ impl ImageError {
     pub const REASON: &'static str = "ErrImageNeverPull";
 }
 
-/// Chooses the script of `container` among the planned files and makes it executable for whoever may read it.
+/// Chooses the script of `container` among the planned files and makes it executable, in its volume, for whoever may read
+/// it.
 ///
 /// The volume's only file is the script. Of several, `image: <volumeMount>/<file>` picks one; else it is the
 /// last in name order, those left out whose name holds `crt`, `key` or `pem`.
 ///
 /// # Errors
 /// When there is none; the message says what would be accepted.
-pub fn script(container: &Container, plan: &mut ContainerPlan) -> Result<Place, ImageError> {
+pub fn script(
+    container: &Container,
+    plan: &ContainerPlan,
+    contents: &mut Contents,
+) -> Result<Script, ImageError> {
     let image = container.image.as_deref().unwrap_or_default();
     let mounts = container.volume_mounts.as_deref().unwrap_or_default();
     // The name of a volume holds no slash.
@@ -112,11 +117,29 @@ pub fn script(container: &Container, plan: &mut ContainerPlan) -> Result<Place, 
                 present: present(),
             })?,
     };
-    let index = chosen.1;
     // `chosen` is an index into these files, so there is one.
-    let Some(file) = plan.files.get_mut(index) else {
+    let Some(file) = plan.files.get(chosen.1) else {
         return Err(ImageError::NoMount { image: image.to_owned(), accepted: String::new() });
     };
-    file.mode |= (file.mode & 0o444) >> 2;
-    Ok(file.place.clone())
+    if let Some(Content::Files(files)) = contents.get_mut(&file.volume)
+        && let Some(entry) = files.get_mut(&file.name)
+    {
+        entry.mode |= executable(entry.mode);
+    }
+    let follows = (file.by != By::Copy).then(|| (file.volume.clone(), file.name.clone()));
+    Ok(Script { place: file.place.clone(), follows })
+}
+
+/// The bits that make a file executable for whoever may read it.
+pub(super) fn executable(mode: u32) -> u32 {
+    (mode & 0o444) >> 2
+}
+
+/// A container's script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Script {
+    /// Where the container sees it.
+    pub place: Place,
+    /// Volume and file, where it follows them.
+    pub follows: Option<(String, String)>,
 }

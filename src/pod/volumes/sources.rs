@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Pod, ProjectedVolumeSource, Secret, Volume, VolumeProjection,
+    ConfigMap, DownwardAPIVolumeFile, EmptyDirVolumeSource, KeyToPath, Pod, ProjectedVolumeSource, Secret,
+    Volume, VolumeProjection,
 };
 
-use super::{Content, Entry, VolumeError, paths};
+use super::{Content, EmptyDir, Entry, Files, VolumeError, hostpath, paths};
 use crate::pod::environment::{Facts, Objects, TokenRef, field_value, resource_value};
+use crate::pod::{quantity, security};
 
 /// The mode of files where nothing else is said (API: `ConfigMapVolumeSourceDefaultMode` and its like).
 const DEFAULT_MODE: i32 = 0o644;
 /// The bits that a mode may have.
 const MODE_BITS: u32 = 0o777;
-
-type Files = BTreeMap<String, Entry>;
 
 /// Where a volume's files come from.
 pub(super) struct Source<'a> {
@@ -26,16 +26,18 @@ pub(super) struct Source<'a> {
 }
 
 /// What is in `volume`.
-pub(super) fn content(
-    volume: &Volume,
-    pod: &Pod,
-    objects: &Objects,
-    facts: &Facts,
-) -> Result<Content, VolumeError> {
+///
+/// # Errors
+/// When an object or a key in it is missing, or the volume is of a kind that is not served.
+pub fn content(volume: &Volume, pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Content, VolumeError> {
     let source = Source { volume: &volume.name, pod, objects, facts };
     let mut files = Files::new();
-    if volume.empty_dir.is_some() {
-        return Ok(Content::Shared);
+    if let Some(from) = &volume.empty_dir {
+        return empty_dir(&volume.name, from).map(Content::Empty);
+    } else if let Some(from) = &volume.host_path {
+        return hostpath::plan(from)
+            .map(Content::Host)
+            .map_err(|problem| VolumeError::content(&volume.name, problem));
     } else if let Some(from) = &volume.config_map {
         source.config_map(&from.name, from.items.as_deref(), from.default_mode, from.optional, &mut files)?;
     } else if let Some(from) = &volume.secret {
@@ -48,7 +50,32 @@ pub(super) fn content(
     } else {
         return Err(VolumeError::Kind { volume: volume.name.clone(), kind: kind(volume) });
     }
+    if security::fs_group(pod).is_some() {
+        // pkg/volume/volume_linux.go, changeFilePermission: what is read-only is the group's to read.
+        files.values_mut().for_each(|entry| entry.mode |= 0o440);
+    }
     Ok(Content::Files(files))
+}
+
+fn empty_dir(volume: &str, from: &EmptyDirVolumeSource) -> Result<EmptyDir, VolumeError> {
+    let memory = match from.medium.as_deref().unwrap_or_default() {
+        "" => false,
+        "Memory" => true,
+        // emptydir/empty_dir.go, SetUpAt; hugepages want a mount of the kernel's.
+        other => {
+            return Err(VolumeError::Kind {
+                volume: volume.to_owned(),
+                kind: format!("emptyDir with medium {other}"),
+            });
+        }
+    };
+    let limit = match &from.size_limit {
+        Some(limit) => quantity::parse(&limit.0)
+            .map_err(|error| VolumeError::content(volume, error.to_string()))?
+            .units(),
+        None => 0,
+    };
+    Ok(EmptyDir { memory, limit: u64::try_from(limit).ok().filter(|limit| *limit > 0) })
 }
 
 /// The kind of a volume as the Pod spells it: the one field besides its name.
@@ -163,6 +190,12 @@ impl Source<'_> {
         } else if let Some(from) = &from.service_account_token {
             // A token that was denied is left out; whoever asked for it says so in an event.
             match self.objects.tokens.get(&TokenRef::of(from)) {
+                // Whom the pod names as its user or group gets it to himself (projected.go, collectData).
+                Some(token)
+                    if security::fs_group(self.pod).is_some() || security::fs_user(self.pod).is_some() =>
+                {
+                    self.put(&from.path, token.clone().into_bytes(), Some(0o600), files)
+                }
                 Some(token) => self.put(&from.path, token.clone().into_bytes(), mode, files),
                 None => Ok(()),
             }

@@ -5,7 +5,7 @@ use super::*;
 use crate::pod::environment::TokenRef;
 
 /// A pod with containers that have these volumeMounts, and these volumes.
-fn pod(containers: Value, volumes: Value) -> Pod {
+pub(super) fn pod(containers: Value, volumes: Value) -> Pod {
     from_value(json!({
         "metadata": {"name": "p", "namespace": "ns", "labels": {"app": "x"}},
         "spec": {"containers": containers, "volumes": volumes},
@@ -13,15 +13,15 @@ fn pod(containers: Value, volumes: Value) -> Pod {
     .unwrap()
 }
 
-fn one(mounts: Value, volumes: Value) -> Pod {
+pub(super) fn one(mounts: Value, volumes: Value) -> Pod {
     pod(json!([{"name": "c1", "image": "v", "volumeMounts": mounts}]), volumes)
 }
 
-fn mount(name: &str, path: &str) -> Value {
+pub(super) fn mount(name: &str, path: &str) -> Value {
     json!({"name": name, "mountPath": path})
 }
 
-fn objects() -> Objects {
+pub(super) fn objects() -> Objects {
     let mut objects = Objects::default();
     let config = json!({"data": {"b.sh": "echo b", "a.sh": "echo a"}, "binaryData": {"blob": "AAEC"}});
     objects.config_maps.insert("cm".to_owned(), from_value(config).unwrap());
@@ -33,20 +33,40 @@ fn objects() -> Objects {
     objects
 }
 
+fn ground() -> Ground<'static> {
+    Ground { directory: Path::new("/pods/p"), home: Path::new("/home/u") }
+}
+
 fn planned(pod: &Pod) -> Result<Vec<ContainerPlan>, VolumeError> {
-    plan(pod, &objects(), &Facts::default())
+    Ok(all(pod, &objects(), &ground())?.1)
+}
+
+/// What the volumes come to, and the plans of all containers.
+pub(super) fn all(
+    pod: &Pod,
+    objects: &Objects,
+    ground: &Ground<'_>,
+) -> Result<(Contents, Vec<ContainerPlan>), VolumeError> {
+    let contents = contents(pod, objects, &Facts::default())?;
+    let plans = containers::of(pod).map(|(_, container)| {
+        let sub_paths = sub_paths(&container, &|_| None).expect("sub paths");
+        plan(&container, &contents, &sub_paths, ground)
+    });
+    let plans = plans.collect::<Result<Vec<_>, _>>()?;
+    Ok((contents, plans))
 }
 
 /// The files of the only container: root, path, mode, contents.
 fn files(pod: &Pod) -> Vec<(Root, String, u32, String)> {
-    let plan = planned(pod).expect("planned").remove(0);
-    plan.files
-        .iter()
-        .map(|file| {
-            let path = file.place.path.to_str().unwrap().to_owned();
-            (file.place.root, path, file.mode, String::from_utf8_lossy(&file.data).into_owned())
-        })
-        .collect()
+    let (contents, mut plans) = all(pod, &objects(), &ground()).expect("planned");
+    let plan = plans.remove(0);
+    let shown = plan.files.iter().map(|file| {
+        let Content::Files(files) = &contents[&file.volume] else { panic!("{file:?}") };
+        let entry = &files[&file.name];
+        let path = file.place.path.to_str().unwrap().to_owned();
+        (file.place.root, path, entry.mode, String::from_utf8_lossy(&entry.data).into_owned())
+    });
+    shown.collect()
 }
 
 fn file(path: &str, mode: u32, data: &str) -> (Root, String, u32, String) {
@@ -72,7 +92,7 @@ fn config_maps_become_files_with_their_modes() {
     assert_eq!(files(&some), [file("etc/x/b", 0o755, "echo b"), file("etc/x/sub/run", 0o600, "echo a")]);
     let plan = planned(&some).unwrap().remove(0);
     let dirs: Vec<_> = plan.dirs.iter().map(|dir| dir.place.path.to_str().unwrap()).collect();
-    assert_eq!(dirs, ["etc", "etc/x", "etc/x/sub"], "each after those above it");
+    assert_eq!(dirs, ["etc", "etc/x"], "each after those above it; what is in a view are links");
 }
 
 #[test]
@@ -129,19 +149,14 @@ fn an_empty_dir_is_shared_and_mounts_beneath_it_go_inside() {
     );
     let plans = planned(&pod).unwrap();
     let place = |root, path: &str| Place { root, path: PathBuf::from(path) };
-    let link = |root, path: &str, target: &str| PlannedLink {
+    let link = |root, path: &str, volume: &str| PlannedLink {
         place: place(root, path),
-        target: PathBuf::from(target),
+        volume: volume.to_owned(),
+        sub: PathBuf::new(),
     };
-    assert_eq!(plans[0].links, [link(Root::Container, "data", "../../volumes/e")]);
+    assert_eq!(plans[0].links, [link(Root::Container, "data", "e")]);
     assert_eq!(plans[0].files[0].place, place(Root::Pod, "volumes/e/conf/s.sh"));
-    assert_eq!(
-        plans[1].links,
-        [
-            link(Root::Container, "a/b", "../../../volumes/e"),
-            link(Root::Pod, "volumes/e/c/d", "../../../volumes/f"),
-        ]
-    );
+    assert_eq!(plans[1].links, [link(Root::Container, "a/b", "e"), link(Root::Pod, "volumes/e/c/d", "f"),]);
     let shared = |plan: &ContainerPlan| -> Vec<(String, u32)> {
         let dirs = plan.dirs.iter().filter(|dir| dir.place.root == Root::Pod);
         dirs.map(|dir| (dir.place.path.to_str().unwrap().to_owned(), dir.mode)).collect()
@@ -149,14 +164,8 @@ fn an_empty_dir_is_shared_and_mounts_beneath_it_go_inside() {
     let wanted = |pairs: &[(&str, u32)]| -> Vec<(String, u32)> {
         pairs.iter().map(|(path, mode)| ((*path).to_owned(), *mode)).collect()
     };
-    assert_eq!(
-        shared(&plans[0]),
-        wanted(&[("volumes", 0o755), ("volumes/e", 0o777), ("volumes/e/conf", 0o755)])
-    );
-    assert_eq!(
-        shared(&plans[1]),
-        wanted(&[("volumes", 0o755), ("volumes/e", 0o777), ("volumes/e/c", 0o755), ("volumes/f", 0o777)])
-    );
+    assert_eq!(shared(&plans[0]), wanted(&[("volumes/e/conf", 0o755)]));
+    assert_eq!(shared(&plans[1]), wanted(&[("volumes/e/c", 0o755)]));
 }
 
 #[test]
@@ -218,7 +227,31 @@ fn what_cannot_be_served_is_refused_by_name() {
     let cm = json!({"name": "v", "configMap": {"name": "cm"}});
     let empty = json!({"name": "v", "emptyDir": {}});
     for (mounts, volumes, wanted) in [
-        (json!([mount("v", "m")]), json!([{"name": "v", "hostPath": {"path": "/"}}]), "kind hostPath"),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "emptyDir": {"medium": "HugePages"}}]),
+            "medium HugePages",
+        ),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "projected": {"sources": [{"clusterTrustBundle": {"path": "x"}}]}}]),
+            "kind projected.clusterTrustBundle",
+        ),
+        (
+            json!([mount("v", "m")]),
+            json!([{"name": "v", "projected": {"sources": [{"podCertificate": {"keyType": "ED25519", "signerName": "a/b"}}]}}]),
+            "kind projected.podCertificate",
+        ),
+        (
+            json!([mount("v", "/data"), mount("w", "/data/conf")]),
+            json!([{"name": "v", "hostPath": {"path": "/scratch"}}, {"name": "w", "configMap": {"name": "cm"}}]),
+            "beneath the hostPath volume \"v\"",
+        ),
+        (
+            json!([mount("v", "~/x")]),
+            json!([{"name": "v", "hostPath": {"path": "/scratch"}}]),
+            "home directory",
+        ),
         (
             json!([mount("v", "m")]),
             json!([{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]),
@@ -227,8 +260,12 @@ fn what_cannot_be_served_is_refused_by_name() {
         (json!([mount("v", "m")]), json!([{"name": "v", "nfs": {"server": "s", "path": "/"}}]), "kind nfs"),
         (json!([mount("v", "a/../../b")]), json!([cm]), "holds `..`"),
         (json!([mount("v", "~/..")]), json!([cm]), "holds `..`"),
+        (
+            json!([mount("../../v", "m")]),
+            json!([{"name": "../../v", "emptyDir": {"medium": "Memory"}}]),
+            "DNS label",
+        ),
         (json!([mount("w", "m")]), json!([cm]), "no volume of this name"),
-        (json!([{"name": "v", "mountPath": "m", "subPath": "a.sh"}]), json!([cm]), "subPath"),
         (json!([mount("v", "logs")]), json!([cm]), "logs"),
         (json!([mount("v", "/pgid")]), json!([empty]), "pgid"),
         (json!([mount("v", "~/x")]), json!([empty]), "home directory"),
@@ -259,17 +296,21 @@ fn the_script_is_the_volumes_file() {
     let names = ["v", "w", "e", "tls", "two", "keys"];
     let mounts: Vec<Value> = names.iter().map(|name| mount(name, name)).collect();
     let pod = one(json!(mounts), volumes);
-    let plan = planned(&pod).unwrap().remove(0);
+    let (contents, plans) = all(&pod, &objects(), &ground()).unwrap();
     let chosen = |image: &str| {
-        let container =
-            Container { image: Some(image.to_owned()), ..pod.spec.as_ref().unwrap().containers[0].clone() };
-        let mut plan = plan.clone();
-        script(&container, &mut plan).map(|place| {
-            let file = plan.files.iter().find(|file| file.place == place).unwrap();
-            assert_eq!(file.mode, 0o755, "executable");
-            let others = plan.files.iter().filter(|file| file.place != place);
-            assert!(others.clone().all(|file| file.mode == 0o644), "the others stay");
-            place.path.to_str().unwrap().to_owned()
+        let mut container = pod.spec.as_ref().unwrap().containers[0].clone();
+        container.image = Some(image.to_owned());
+        let mut contents = contents.clone();
+        script(&container, &plans[0], &mut contents).map(|script| {
+            let (volume, name) = script.follows.expect("it follows its volume");
+            for (other, content) in &contents {
+                let Content::Files(files) = content else { continue };
+                for (file, entry) in files {
+                    let wanted = if (other, file) == (&volume, &name) { 0o755 } else { 0o644 };
+                    assert_eq!(entry.mode, wanted, "{other}/{file}");
+                }
+            }
+            script.place.path.to_str().unwrap().to_owned()
         })
     };
     for (image, wanted) in [
@@ -300,15 +341,16 @@ fn the_script_is_the_volumes_file() {
 fn a_script_is_executable_for_its_readers_alone() {
     let volume = json!([{"name": "v", "configMap": {"name": "one", "defaultMode": 0o640}}]);
     let pod = one(json!([mount("v", "v")]), volume);
-    let mut plan = planned(&pod).unwrap().remove(0);
-    script(&pod.spec.as_ref().unwrap().containers[0], &mut plan).unwrap();
-    assert_eq!(plan.files[0].mode, 0o750);
+    let (mut contents, plans) = all(&pod, &objects(), &ground()).unwrap();
+    script(&pod.spec.as_ref().unwrap().containers[0], &plans[0], &mut contents).unwrap();
+    let Content::Files(files) = &contents["v"] else { panic!("{contents:?}") };
+    assert_eq!(files["s.sh"].mode, 0o750);
 }
 
 #[test]
 fn a_files_contents_are_never_shown() {
     let pod = one(json!([mount("v", "v")]), json!([{"name": "v", "secret": {"secretName": "s"}}]));
-    let shown = format!("{:?}", planned(&pod).unwrap());
+    let shown = format!("{:?}", all(&pod, &objects(), &ground()).unwrap());
     assert!(!shown.contains("pass") && !shown.contains("112"), "{shown}");
 }
 
@@ -320,42 +362,42 @@ proptest! {
     #[test]
     fn nothing_planned_ever_leaves_its_root(
         paths in prop::collection::vec("[./~ab]{0,8}", 1..4),
-        kinds in prop::collection::vec(any::<bool>(), 4),
+        kinds in prop::collection::vec(0..5u8, 4),
+        subs in prop::collection::vec(prop::option::of("[./ab]{0,5}"), 4),
         keys in prop::collection::vec("[./ab]{0,6}", 1..3),
     ) {
         let mut objects = Objects::default();
         let data: serde_json::Map<String, Value> =
             keys.iter().map(|key| (key.clone(), json!("x"))).collect();
         objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).unwrap());
-        let mounts: Vec<Value> =
-            paths.iter().enumerate().map(|(index, path)| mount(&format!("v{index}"), path)).collect();
+        let mounts: Vec<Value> = (0..paths.len())
+            .map(|n| json!({"name": format!("v{n}"), "mountPath": paths[n], "subPath": subs[n]}))
+            .collect();
         let volumes: Vec<Value> = (0..paths.len())
-            .map(|index| {
-                let name = format!("v{index}");
-                if kinds[index] {
-                    json!({"name": name, "emptyDir": {}})
-                } else {
-                    json!({"name": name, "configMap": {"name": "cm"}})
-                }
+            .map(|n| {
+                let mut volume = match kinds[n] {
+                    0 => json!({"emptyDir": {}}),
+                    1 => json!({"emptyDir": {"medium": "Memory"}}),
+                    2 => json!({"hostPath": {"path": format!("/{}", paths[n])}}),
+                    _ => json!({"configMap": {"name": "cm"}}),
+                };
+                volume["name"] = json!(format!("v{n}"));
+                volume
             })
             .collect();
-        let Ok(plans) = plan(&one(json!(mounts), json!(volumes)), &objects, &Facts::default()) else {
+        let pod = one(json!(mounts), json!(volumes));
+        if sub_paths(&pod.spec.as_ref().unwrap().containers[0], &|_| None).is_err() {
+            return Ok(());
+        }
+        let Ok((_, plans)) = all(&pod, &objects, &ground()) else {
             return Ok(());
         };
         for plan in &plans {
             prop_assert!(plan.files.iter().all(|file| beneath(&file.place)));
             prop_assert!(plan.dirs.iter().all(|dir| beneath(&dir.place)));
-            for link in &plan.links {
-                prop_assert!(beneath(&link.place));
-                // From the pod's directory, the link's target is one of its volumes.
-                let depth = link.place.path.components().count() - 1
-                    + if link.place.root == Root::Container { 2 } else { 0 };
-                let ups = link.target.components().filter(|part| part.as_os_str() == "..").count();
-                prop_assert_eq!(ups, depth);
-                let rest: PathBuf = link.target.components().skip(ups).collect();
-                let shared = Place { root: Root::Pod, path: rest };
-                prop_assert!(shared.path.starts_with("volumes") && beneath(&shared));
-            }
+            prop_assert!(plan.links.iter().all(|link| beneath(&link.place)));
+            prop_assert!(plan.views.iter().all(|view| beneath(&view.place)));
+            prop_assert!(plan.mounts.iter().all(|mount| mount.target.is_absolute() && mount.source.is_absolute()));
         }
     }
 }

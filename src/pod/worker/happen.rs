@@ -17,6 +17,13 @@ use crate::pod::containers::{self, Kind};
 use crate::pod::events;
 use crate::pod::probe::{self, Found, Probes, Report, Subject};
 use crate::pod::status::{self, State, container_id};
+use crate::pod::volumes::keeper;
+
+/// Reason of a pod that is over a limit of its own (kubelet's eviction/helpers.go).
+const EVICTED: &str = "Evicted";
+
+/// What such a pod has to end (eviction_manager.go, immediateEvictionGracePeriodSeconds).
+const EVICTION_GRACE: Duration = Duration::from_secs(1);
 
 impl Worker {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -32,6 +39,7 @@ impl Worker {
     /// The pod has changed: what a kubelet lets change of one that runs.
     fn update(&mut self, pod: Pod) {
         let old = std::mem::replace(&mut self.record.pod, pod);
+        self.keeper.update(&self.record.pod);
         if self.record.pod.metadata.deletion_timestamp.is_some() {
             self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
         }
@@ -221,6 +229,19 @@ impl Worker {
             .and_then(|(_, container)| container.restart_policy.clone());
         let pods = || self.record.pod.spec.as_ref().and_then(|spec| spec.restart_policy.clone());
         own.or_else(pods).as_deref() != Some("Never")
+    }
+
+    /// What the keeper of the pod's volumes has found.
+    pub(super) fn on_found(&mut self, found: keeper::Found) {
+        match found {
+            keeper::Found::Exceeded { message } => {
+                let warning = events::Kind::Warning;
+                self.context.events.record(&self.record.pod, None, warning, EVICTED, &message);
+                // Without a DisruptionTarget condition: the pod is over its own limit (eviction_manager.go, evictPod).
+                let why = Why::Failed { reason: EVICTED.to_owned(), message, disruption: None };
+                self.stop_for(why, EVICTION_GRACE);
+            }
+        }
     }
 
     /// How long the pod's first start took, once all of its containers run.

@@ -20,6 +20,7 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+pub use self::prepare::prepare_again;
 use self::prepare::{Attempt, PrepareError};
 use self::run::{Order, Told};
 use self::state::waiting;
@@ -34,6 +35,7 @@ use super::publisher::Publisher;
 use super::record::Record;
 use super::session::RunHandle;
 use super::status::State;
+use super::volumes::keeper::Keeper;
 use crate::container::{ContainerId, Supervisor};
 
 /// Commands that may wait for a worker. The manager only ever sends the newest copy of a pod.
@@ -153,6 +155,7 @@ struct Worker {
     reports_tx: mpsc::Sender<Report>,
     reports: mpsc::Receiver<Report>,
     publisher: Publisher,
+    keeper: Keeper,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
     /// A preparation has just begun: supervisors may be started meanwhile.
@@ -193,6 +196,7 @@ impl Worker {
             reports_tx,
             reports,
             publisher,
+            keeper: Keeper::default(),
             stop: None,
             preparing: None,
             eager: false,
@@ -233,10 +237,12 @@ impl Worker {
                 Some(report) = self.reports.recv() => self.on_report(report),
                 attempt = join(&mut self.preparing) => self.on_prepared(attempt),
                 () = self.publisher.changed() => {}
+                found = self.keeper.found() => self.on_found(found),
                 () = sleep_until(wake) => self.on_wake(Instant::now()).await,
             }
         }
         self.context.roster.remove(self.record.uid());
+        self.keeper.end(&self.record.pod).await;
         let outcome = self.clear_away().await.map(Box::new);
         let _ = self.notes.send(Note::Finished(self.record.uid().to_owned(), outcome)).await;
     }

@@ -1,25 +1,29 @@
 //! What a pod needs before its containers can start: its objects, its directory, its volumes, its scripts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use futures::future::try_join_all;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
 use crate::container::{ContainerSpec, LogLimits, Stdio};
-use crate::files;
-use crate::pod::api::{Api, ApiError, Token, TokenWish};
+use crate::pod::api::ApiError;
 use crate::pod::command_line::argv;
 use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
-    Additions, ConfigError, EnvFiles, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
+    Additions, ConfigError, ContainerEnv, EnvFiles, EnvInput, Facts, Objects, Skipped, container_env,
+    references,
 };
 use crate::pod::images;
-use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
+use crate::pod::objects::{self, Held, Read, ReadError};
+use crate::pod::security;
+use crate::pod::volumes::keeper::Turn;
+use crate::pod::volumes::{
+    self, ContainerPlan, Ground, ImageError, Layout, PlannedMount, SubPathError, VolumeError, WriteError,
+};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
 /// supervisors, which stay at what the job gave them (proc(5), oom_score_adj; raising needs no right).
@@ -36,6 +40,13 @@ pub struct Prepared {
     services: BTreeMap<String, String>,
     /// The containers' scripts, by their names.
     scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
+    /// Containers that cannot start for their volumes.
+    problems: BTreeMap<String, SubPathError>,
+    /// The containers' mounts, by their names, for a container with a view of the file system of its own: outer ones first,
+    /// with sources as they really are.
+    pub mounts: BTreeMap<String, Vec<PlannedMount>>,
+    /// Who sees which volume, for the keeper.
+    pub layout: Layout,
     /// What was left out, for an event.
     pub notes: Vec<String>,
 }
@@ -43,7 +54,7 @@ pub struct Prepared {
 impl Prepared {
     /// Whether the pod had this container when it was prepared.
     pub fn has(&self, container: &str) -> bool {
-        self.scripts.contains_key(container)
+        self.scripts.contains_key(container) || self.problems.contains_key(container)
     }
 }
 
@@ -111,6 +122,18 @@ impl PrepareError {
     }
 }
 
+impl From<WriteError> for PrepareError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Io { path, source } if source.kind() == io::ErrorKind::AlreadyExists => {
+                Self::Occupied { path, source }
+            }
+            WriteError::Io { path, source } => Self::Write { path, source },
+            WriteError::Volume(error) => Self::Volume(error),
+        }
+    }
+}
+
 /// Why a container cannot start yet.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -126,6 +149,9 @@ pub enum SpecError {
     /// Its environment or command line cannot be made.
     #[error("{0}")]
     Config(#[from] ConfigError),
+    /// What it mounts of a volume is not there.
+    #[error("{0}")]
+    SubPath(#[from] SubPathError),
 }
 
 impl SpecError {
@@ -135,7 +161,7 @@ impl SpecError {
             Self::Image(_) => ImageError::REASON,
             Self::Missing(missing) => missing.reason(),
             Self::Run(error) => error.reason(),
-            Self::Config(_) => ConfigError::REASON,
+            Self::Config(_) | Self::SubPath(_) => ConfigError::REASON,
         }
     }
 
@@ -146,6 +172,7 @@ impl SpecError {
             Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
             Self::Image(ImageError::NoMount { .. }) | Self::Missing(_) => false,
             Self::Run(error) => matches!(error, images::RunError::Config(_)),
+            Self::SubPath(error) => error.may_mend(),
         }
     }
 }
@@ -158,18 +185,24 @@ pub struct Attempt {
     pub result: Result<Prepared, PrepareError>,
 }
 
-/// Reads the pod's objects and makes its directory and volumes.
-pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Attempt {
-    let mut notes = Vec::new();
-    let (objects, directory, services) = tokio::join!(
-        read_objects(&context.api, pod, &mut notes),
+/// Reads the pod's objects and makes its directory and volumes. What containers that are `running` have copied stays as it
+/// is. The `turn` is held throughout, so that the keeper of the pod's volumes neither reads nor writes meanwhile.
+pub async fn prepare(
+    context: &Context,
+    pod: &Pod,
+    known: Option<PathBuf>,
+    turn: Turn,
+    running: BTreeSet<String>,
+) -> Attempt {
+    let mut held = turn.lock().await;
+    let (read, directory, services) = tokio::join!(
+        read_objects(context, pod, &mut held),
         claim(context, pod, known),
         service_variables(context, pod)
     );
-    match (objects, directory) {
-        (Ok(objects), Ok(directory)) => {
-            let result = fill(context, pod, directory.clone(), objects, notes).await;
-            let result = result.map(|prepared| Prepared { services, ..prepared });
+    match (read, directory) {
+        (Ok(read), Ok(directory)) => {
+            let result = fill(context, pod, directory.clone(), (read, services), running, &mut held).await;
             Attempt { directory: Some(directory), result }
         }
         (Err(error), Ok(directory)) => Attempt { directory: Some(directory), result: Err(error) },
@@ -177,34 +210,88 @@ pub async fn prepare(context: &Context, pod: &Pod, known: Option<PathBuf>) -> At
     }
 }
 
+/// The same for a pod whose containers have gone on without the pilot: only what follows is written.
+///
+/// # Errors
+/// In words: when something is missing, or the directory is not the pod's any more.
+pub async fn prepare_again(
+    context: &Context,
+    pod: &Pod,
+    directory: PathBuf,
+    turn: &Turn,
+) -> Result<Layout, String> {
+    let mut held = turn.lock().await;
+    let uid = pod.metadata.uid.clone().unwrap_or_default();
+    let marked = directory.clone();
+    let ours = blocking(move || directory::read_marker(&marked).is_some_and(|marker| marker.uid == uid));
+    if !ours.await.map_err(|error| error.to_string())? {
+        return Err(format!("{} is not the pod's directory any more", directory.display()));
+    }
+    let (read, services) =
+        tokio::join!(read_objects(context, pod, &mut held), service_variables(context, pod));
+    let read = read.map_err(|error| error.to_string())?;
+    let running = containers::of(pod).map(|(_, container)| container.name.clone()).collect();
+    let prepared = fill(context, pod, directory, (read, services), running, &mut held).await;
+    prepared.map(|prepared| prepared.layout).map_err(|error| error.to_string())
+}
+
+async fn read_objects(context: &Context, pod: &Pod, held: &mut Held) -> Result<Read, PrepareError> {
+    let read = objects::read(&context.api, pod, &references(pod), held, Timestamp::now()).await;
+    read.map_err(|ReadError { what, source }| PrepareError::Api { what, source })
+}
+
 /// Writes the volumes into the pod's directory and finds the scripts.
 async fn fill(
     context: &Context,
     pod: &Pod,
     directory: PathBuf,
-    objects: Objects,
-    notes: Vec<String>,
+    (read, services): (Read, BTreeMap<String, String>),
+    running: BTreeSet<String>,
+    held: &mut Held,
 ) -> Result<Prepared, PrepareError> {
-    let facts = Facts {
-        node_name: context.identity.node.clone().unwrap_or_else(|| context.identity.host.clone()),
-        pod_ips: vec![context.identity.ip.clone()],
-        host_ips: vec![context.identity.ip.clone()],
-        allocatable: context.allocatable.clone(),
-    };
-    let mut plans = volumes::plan(pod, &objects, &facts)?;
-    let scripts = containers::of(pod)
-        .zip(&mut plans)
-        .map(|((_, container), plan)| {
-            let place = volumes::script(&container, plan);
-            let absolute = |place| absolute(&place, &directory, &container.name, &context.places.home);
-            (container.name.clone(), place.map(absolute))
+    let Read { objects, versions, denied: notes } = read;
+    let facts = context.facts();
+    let home = context.places.home.clone();
+    let ground = Ground { directory: &directory, home: &home };
+    let mut contents = volumes::contents(pod, &objects, &facts)?;
+    let mut plans = Vec::new();
+    let mut scripts = BTreeMap::new();
+    for (_, container) in containers::of(pod) {
+        let made = Made { objects: &objects, facts: &facts, services: &services, directory: &directory };
+        let sub_paths = sub_paths(context, pod, &container, &made);
+        let plan = match sub_paths {
+            Ok(sub_paths) => volumes::plan(&container, &contents, &sub_paths, &ground)?,
+            Err(problem) => ContainerPlan {
+                container: container.name.clone(),
+                problem: Some(problem),
+                ..ContainerPlan::default()
+            },
+        };
+        if plan.problem.is_none() {
+            scripts.insert(container.name.clone(), volumes::script(&container, &plan, &mut contents));
+        }
+        plans.push(plan);
+    }
+    let layout = Layout::of(&plans, scripts.values().filter_map(|script| script.as_ref().ok()));
+    let scripts = scripts
+        .into_iter()
+        .map(|(name, script)| {
+            let path = script.map(|script| volumes::absolute(&script.place, &name, &ground));
+            (name, path)
         })
         .collect();
-    let home = context.places.home.clone();
-    let target = directory.clone();
-    blocking(move || write_volumes(&target, &home, &plans)).await??;
-    let services = BTreeMap::new();
-    Ok(Prepared { directory, objects, facts, services, scripts, notes })
+    let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
+    let at = directory.clone();
+    let written = blocking(move || {
+        let ground = Ground { directory: &at, home: &home };
+        let problems =
+            volumes::write(&volumes::Target { ground, uid: &uid, group }, &contents, &mut plans, &running);
+        problems.map(|problems| (problems, plans))
+    });
+    let (problems, plans) = written.await??;
+    let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
+    held.note(versions);
+    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes })
 }
 
 /// What the pod is told of Services; enableServiceLinks is true where nothing is said (core/v1 defaults.go).
@@ -213,56 +300,21 @@ async fn service_variables(context: &Context, pod: &Pod) -> BTreeMap<String, Str
     context.services.variables(pod.metadata.namespace.as_deref().unwrap_or_default(), links).await
 }
 
-async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<Objects, PrepareError> {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let wanted = references(pod);
-    let failed = |what: String| move |source| PrepareError::Api { what, source };
-    let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
-        let found = api.config_map(namespace, name).await;
-        found
-            .map(|found| found.map(|o| (name.clone(), o)))
-            .map_err(failed(format!("configmap {namespace}/{name}")))
-    }));
-    let secrets = try_join_all(wanted.secrets.keys().map(|name| async move {
-        let found = api.secret(namespace, name).await;
-        found
-            .map(|found| found.map(|o| (name.clone(), o)))
-            .map_err(failed(format!("secret {namespace}/{name}")))
-    }));
-    let tokens = try_join_all(wanted.tokens.iter().map(|wish| read_token(api, pod, wish)));
-    let (config_maps, secrets, tokens) = futures::try_join!(config_maps, secrets, tokens)?;
-    let mut objects = Objects {
-        config_maps: config_maps.into_iter().flatten().collect(),
-        secrets: secrets.into_iter().flatten().collect(),
-        ..Objects::default()
-    };
-    for (wish, token) in tokens {
-        match token {
-            Token::Granted(token) => {
-                objects.tokens.insert(wish, token);
-            }
-            // In `play` nobody expects one.
-            Token::Denied(_) if matches!(api, Api::Files(_)) => {}
-            Token::Denied(why) => {
-                notes.push(format!("the service account's token is left out of its volume: {why}"))
-            }
-        }
+/// What the container's mounts take of their volumes. Its environment is made only where one of them names a variable.
+fn sub_paths(
+    context: &Context,
+    pod: &Pod,
+    container: &Container,
+    made: &Made<'_>,
+) -> Result<BTreeMap<usize, PathBuf>, SubPathError> {
+    let mounts = container.volume_mounts.iter().flatten();
+    let by_variable = mounts.filter_map(|mount| mount.sub_path_expr.as_ref()).any(|path| !path.is_empty());
+    if !by_variable {
+        return volumes::sub_paths(container, &|_| None);
     }
-    Ok(objects)
-}
-
-async fn read_token(api: &Api, pod: &Pod, wish: &TokenRef) -> Result<(TokenRef, Token), PrepareError> {
-    let part = |text: &Option<String>| text.clone().unwrap_or_default();
-    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.clone());
-    let request = TokenWish {
-        service_account: account.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned()),
-        audience: wish.audience.clone(),
-        expiration_seconds: Some(wish.expiration_seconds),
-    };
-    let meta = &pod.metadata;
-    let token = api.token(&part(&meta.namespace), &part(&meta.name), &part(&meta.uid), &request).await;
-    let what = || format!("token of service account {}", request.service_account);
-    token.map(|token| (wish.clone(), token)).map_err(|source| PrepareError::Api { what: what(), source })
+    let env = environment(context, pod, container, 0, made)
+        .map_err(|error| SubPathError::Environment(error.to_string()))?;
+    volumes::sub_paths(container, &|name| env.get_declared(name).map(ToOwned::to_owned))
 }
 
 /// The pod's directory: the known one after a restart, else a new one.
@@ -308,6 +360,10 @@ fn claim_at(
         {
             tracing::warn!(path = %aside.display(), %error, "files of a pod that is gone could not be removed");
         }
+        // What it had in memory on this host takes room for nobody.
+        if let Err(error) = volumes::memory::remove(&gone.uid) {
+            tracing::warn!(uid = gone.uid, %error, "memory of a pod that is gone could not be freed");
+        }
     }
     Ok(claimed)
 }
@@ -343,79 +399,6 @@ async fn liveness(context: &Context, other: &Marker) -> Liveness {
     directory::process_liveness(other, &context.identity.host, &context.identity.process.boot, start)
 }
 
-fn absolute(place: &Place, directory: &Path, container: &str, home: &Path) -> PathBuf {
-    let root = match place.root {
-        Root::Container => container_dir(directory, container),
-        Root::Pod => directory.to_owned(),
-        Root::Home => home.to_owned(),
-    };
-    root.join(&place.path)
-}
-
-fn container_dir(directory: &Path, container: &str) -> PathBuf {
-    directory.join("containers").join(container)
-}
-
-/// Writes what was planned. Nothing leaves its root, by no `..` and no link.
-fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Result<(), PrepareError> {
-    let fail = |path: &Path| {
-        let path = path.to_owned();
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::AlreadyExists => PrepareError::Occupied { path, source },
-            _ => PrepareError::Write { path, source },
-        }
-    };
-    let pod = files::Root::open(directory).map_err(fail(directory))?;
-    let list = directory.join(directory::HOME_FILES);
-    let mut home_root = None;
-    for plan in plans {
-        let own = Path::new("containers").join(&plan.container);
-        pod.create_dir_all(&own.join("logs"), 0o700).map_err(fail(&directory.join(&own)))?;
-        // Every place is beneath the pod's directory or the home directory.
-        let beneath = |place: &Place| match place.root {
-            Root::Container => own.join(&place.path),
-            Root::Pod | Root::Home => place.path.clone(),
-        };
-        for dir in &plan.dirs {
-            let at = absolute(&dir.place, directory, &plan.container, home);
-            let root = root_for(dir.place.root, &pod, &mut home_root, home)?;
-            root.create_dir_all(&beneath(&dir.place), dir.mode).map_err(fail(&at))?;
-        }
-        for link in &plan.links {
-            let at = absolute(&link.place, directory, &plan.container, home);
-            let root = root_for(link.place.root, &pod, &mut home_root, home)?;
-            root.symlink(&link.target, &beneath(&link.place)).map_err(fail(&at))?;
-        }
-        for file in &plan.files {
-            let at = absolute(&file.place, directory, &plan.container, home);
-            let root = root_for(file.place.root, &pod, &mut home_root, home)?;
-            let path = beneath(&file.place);
-            if file.place.root == Root::Home {
-                root.write_own(&path, &file.data, file.mode, &list).map_err(fail(&at))?;
-            } else {
-                root.write(&path, &file.data, file.mode).map_err(fail(&at))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn root_for<'a>(
-    root: Root,
-    pod: &'a files::Root,
-    home_root: &'a mut Option<files::Root>,
-    home: &Path,
-) -> Result<&'a files::Root, PrepareError> {
-    if root != Root::Home {
-        return Ok(pod);
-    }
-    if home_root.is_none() {
-        let opened = files::Root::open(home);
-        *home_root = Some(opened.map_err(|source| PrepareError::Write { path: home.to_owned(), source })?);
-    }
-    Ok(home_root.as_ref().unwrap_or(pod))
-}
-
 /// What the supervisor of one container is told.
 ///
 /// # Errors
@@ -427,6 +410,9 @@ pub fn spec(
     restart: u32,
     prepared: &Prepared,
 ) -> Result<(ContainerSpec, Vec<Skipped>), SpecError> {
+    if let Some(problem) = prepared.problems.get(name) {
+        return Err(problem.clone().into());
+    }
     let (Some((_, container)), Some(script)) = (containers::find(pod, name), prepared.scripts.get(name))
     else {
         return Err(ConfigError::ContainerNotFound(name.to_owned()).into());
@@ -441,39 +427,23 @@ pub fn spec(
         }
         script => Ok(script.clone()?),
     };
-    let own = container_dir(&prepared.directory, &container.name);
+    let own = volumes::container_dir(&prepared.directory, &container.name);
     let drain = *context.drain.borrow();
-    let mark = format!(
-        "{}/{}/{}/{restart}",
-        context.identity.mark,
-        pod.metadata.uid.as_deref().unwrap_or_default(),
-        container.name
-    );
-    let additions = Additions {
-        pod_dir: prepared.directory.display().to_string(),
-        container_dir: own.display().to_string(),
-        termination_log: own.join(super::termination::FILE).display().to_string(),
-        drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
-        mark,
-    };
-    let env = container_env(&EnvInput {
-        pod,
-        container,
+    let made = Made {
         objects: &prepared.objects,
         facts: &prepared.facts,
-        inherited: &context.inherited,
-        additions: &additions,
-        expand: context.expand,
         services: &prepared.services,
-        files: &EnvFiles::read(container, |volume| prepared.directory.join("volumes").join(volume)),
-    })?;
+        directory: &prepared.directory,
+    };
+    let env = environment(context, pod, container, restart, &made)?;
     let (argv, vars, contained) = match script {
         Ok(script) => {
             let script = script.display().to_string();
             (argv(container, &script, &env, context.expand)?, env.vars, false)
         }
         Err(found) => {
-            let run = images::run(&found, container, &env, &images::binds(container, &own))?;
+            let binds = prepared.mounts.get(name).map(Vec::as_slice).unwrap_or_default();
+            let run = images::run(&found, container, &env, binds)?;
             (run.argv, run.env, run.contained)
         }
     };
@@ -498,6 +468,7 @@ pub fn spec(
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
         stdio: stdio(container),
+        no_new_privs: security::no_new_privs(container),
     };
     Ok((spec, env.skipped))
 }
@@ -506,6 +477,50 @@ pub fn spec(
 fn stop_signal(container: &Container) -> Option<i32> {
     let name = container.lifecycle.as_ref()?.stop_signal.as_deref()?;
     name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
+}
+
+/// What an environment is made of.
+struct Made<'a> {
+    objects: &'a Objects,
+    facts: &'a Facts,
+    services: &'a BTreeMap<String, String>,
+    directory: &'a Path,
+}
+
+/// The environment of one run of a container.
+fn environment(
+    context: &Context,
+    pod: &Pod,
+    container: &Container,
+    restart: u32,
+    made: &Made<'_>,
+) -> Result<ContainerEnv, ConfigError> {
+    let drain = *context.drain.borrow();
+    let mark = format!(
+        "{}/{}/{}/{restart}",
+        context.identity.mark,
+        pod.metadata.uid.as_deref().unwrap_or_default(),
+        container.name
+    );
+    let own = volumes::container_dir(made.directory, &container.name);
+    let additions = Additions {
+        pod_dir: made.directory.display().to_string(),
+        termination_log: own.join(super::termination::FILE).display().to_string(),
+        container_dir: own.display().to_string(),
+        drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
+        mark,
+    };
+    container_env(&EnvInput {
+        pod,
+        container,
+        objects: made.objects,
+        facts: made.facts,
+        inherited: &context.inherited,
+        additions: &additions,
+        expand: context.expand,
+        services: made.services,
+        files: &EnvFiles::read(container, |volume| made.directory.join("volumes").join(volume)),
+    })
 }
 
 /// What the container's program reads and writes.
@@ -531,6 +546,7 @@ mod tests {
             (VolumeError::NotFound { volume: text(), kind: "secret", name: text() }.into(), true),
             (VolumeError::Content { volume: text(), problem: text() }.into(), true),
             (VolumeError::Kind { volume: text(), kind: text() }.into(), false),
+            (VolumeError::Name { volume: text(), problem: "a" }.into(), false),
             (VolumeError::Mount { container, mount, path, problem }.into(), false),
             (PrepareError::Write { path: PathBuf::new(), source: full() }, true),
             (PrepareError::Occupied { path: PathBuf::new(), source: full() }, true),

@@ -118,6 +118,7 @@ impl Worker {
         }
         if self.ended && !self.ended_told {
             self.ended_told = true;
+            self.keeper.end(&self.record.pod).await;
             let outcome = Box::new(self.outcome(false, None));
             // Waits for room: many pods end in the same moment, and one whose end is not known holds its resources.
             let _ = self.notes.send(Note::Ended(self.record.uid().to_owned(), outcome)).await;

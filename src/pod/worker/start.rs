@@ -90,6 +90,12 @@ impl Worker {
                 }
             }
         }
+        // Containers that go on still see what changes.
+        if let Some(directory) = self.record.directory.clone()
+            && self.containers.iter().any(|container| container.run.is_some())
+        {
+            self.keeper.keep(&self.context, &self.record.pod, directory, None);
+        }
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
             let state = self.record.containers.get(&container.name).map(|c| &c.state);
@@ -120,7 +126,12 @@ impl Worker {
         let context = Arc::clone(&self.context);
         let pod = self.record.pod.clone();
         let directory = self.record.directory.clone();
-        self.preparing = Some(tokio::spawn(async move { prepare::prepare(&context, &pod, directory).await }));
+        let turn = self.keeper.turn();
+        let running = self.containers.iter().filter(|c| c.run.is_some()).map(|c| c.name.clone()).collect();
+        self.preparing =
+            Some(tokio::spawn(
+                async move { prepare::prepare(&context, &pod, directory, turn, running).await },
+            ));
         self.eager = true;
     }
 
@@ -154,7 +165,9 @@ impl Worker {
             return;
         }
         match attempt.result {
-            Ok(prepared) => {
+            Ok(mut prepared) => {
+                let (directory, layout) = (prepared.directory.clone(), std::mem::take(&mut prepared.layout));
+                self.keeper.keep(&self.context, &self.record.pod, directory, Some(layout));
                 for note in &prepared.notes {
                     self.context.events.record(
                         &self.record.pod,

@@ -23,6 +23,7 @@ use crate::pod::context::{Context, Identity, Policy, on_disk};
 use crate::pod::directory;
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
+use crate::pod::objects::watches;
 use crate::pod::services::Services;
 use crate::pod::{environment, source};
 
@@ -93,8 +94,11 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
     let name = &begun.name;
     let variables = begun.env.iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
     let draining = begun.draining.subscribe();
+    // Each watch has a connection of its own, for which a tunnel has less room.
+    let tunnelled = begun.holds.tunnels.is_some();
+    let watches = if tunnelled { watches::MOST_BY_TUNNEL } else { watches::MOST };
     Arc::new(Context {
-        api: Api::Cluster(Cluster::new(way.client.clone(), draining.clone())),
+        api: Api::Cluster(Cluster::new(way.client.clone(), draining.clone()).with_watches(watches)),
         events: Events::to_cluster(way.client.clone(), name),
         services: Services::of_cluster(way.client.clone(), &args.namespaces),
         supervisors: Arc::clone(&begun.supervisors),
