@@ -238,6 +238,35 @@ fn a_variable_comes_from_a_file_that_another_container_writes() {
     assert_eq!(read(&containers.join("reads/seen")), "a $HOME\nb");
 }
 
+#[test]
+fn a_variable_comes_from_a_file_that_an_init_container_wrote() {
+    let namespace = Namespace::new("env-init");
+    let pilot = Pilot::local(Options::new("env-init"), 600);
+    let script = "echo \"NAME='from init'\" >$JIRIAF_CONTAINER_DIR/shared/env\n";
+    namespace.config_map("writes", &[("run.sh", script)]);
+    namespace.config_map("reads", &[("run.sh", "printf %s \"$NAME, $1\" >seen\n")]);
+    let with_shared = |name: &str| {
+        let mut made = container(name, name);
+        let mount = json!({"name": "shared", "mountPath": "shared"});
+        made["volumeMounts"].as_array_mut().unwrap().push(mount);
+        made
+    };
+    let mut reads = with_shared("reads");
+    reads["args"] = json!(["$(NAME)"]);
+    reads["env"] = json!([{"name": "NAME", "valueFrom": {"fileKeyRef":
+        {"volumeName": "shared", "path": "env", "key": "NAME"}}}]);
+    let mut spec = pod_spec("Never", &[reads]);
+    spec["initContainers"] = json!([with_shared("writes")]);
+    let volumes = spec["volumes"].as_array_mut().unwrap();
+    volumes.retain(|volume| volume["name"] != "shared");
+    volumes.push(json!({"name": "shared", "emptyDir": {}}));
+    volumes.push(json!({"name": "writes", "configMap": {"name": "writes"}}));
+    namespace.pod_on(&pilot, "p", spec);
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let seen = pilot.pod_directory("p").join("containers/reads/seen");
+    assert_eq!(read(&seen), "from init, from init");
+}
+
 /// The message of a container that waits with CreateContainerConfigError.
 fn wait_until_waiting(namespace: &Namespace, pod: &str, container: &str) -> String {
     let mut message = String::new();
