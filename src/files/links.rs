@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat, renameat};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstatat, mkdirat};
-use nix::unistd::{Gid, UnlinkatFlags, fchown, symlinkat, unlinkat};
+use nix::unistd::{Gid, UnlinkatFlags, fchown, linkat, symlinkat, unlinkat};
 
 use super::{DIRECTORY, Root, temporary_name};
 
@@ -179,6 +179,31 @@ impl Root {
             }
         };
         same().unwrap_or(false)
+    }
+
+    /// Whether the same file, and no link, is at `path` here and in the other root.
+    #[must_use]
+    pub fn is_same(&self, path: &Path, other: &Self) -> bool {
+        let look = |root: &Self| -> io::Result<(u64, u64)> {
+            let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+                return Err(super::leaves(path));
+            };
+            let found = fstatat(&root.walk(above, None)?, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            Ok((found.st_dev, found.st_ino))
+        };
+        look(self).ok().is_some_and(|ours| look(other).is_ok_and(|theirs| ours == theirs))
+    }
+
+    /// Gives the file that is at `path` in the other root the same path here too (link(2)). Directories above it are made.
+    ///
+    /// # Errors
+    /// When something is there, or the file system does not take it.
+    pub fn link(&self, path: &Path, other: &Self) -> io::Result<()> {
+        let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(super::leaves(path));
+        };
+        let (from, to) = (other.walk(above, None)?, self.walk(above, Some(0o755))?);
+        Ok(linkat(&from, name, &to, name, AtFlags::empty())?)
     }
 
     /// Removes a tree in this directory. Links in it are removed, not followed.

@@ -1,5 +1,6 @@
 //! Volumes of running pods: they follow what they are made of.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -106,6 +107,7 @@ fn labels_annotations_and_optional_objects_are_followed_and_immutable_ones_stay(
     let namespace = Namespace::new("labels");
     let pilot = Pilot::local(Options::new("labels"), 600);
     namespace.config_map("script", &[("run.sh", "sleep 600\n")]);
+    namespace.of("secrets").create(&json!({"metadata": {"name": "key"}, "stringData": {"pw": "first"}}));
     let fixed = json!({"metadata": {"name": "fixed"}, "data": {"x": "1"}, "immutable": true});
     namespace.of("configmaps").create(&fixed);
     let field = |path: &str, field: &str| json!({"path": path, "fieldRef": {"fieldPath": field}});
@@ -113,6 +115,7 @@ fn labels_annotations_and_optional_objects_are_followed_and_immutable_ones_stay(
         {"downwardAPI": {"items": [field("labels", "metadata.labels"), field("note", "metadata.annotations['note']")]}},
         {"configMap": {"name": "late", "optional": true}},
         {"configMap": {"name": "fixed"}},
+        {"secret": {"name": "key", "items": [{"key": "pw", "path": "deep/pw", "mode": 256}]}},
         {"serviceAccountToken": {"path": "token", "expirationSeconds": 600}},
     ]);
     let mut spec = pod_spec("Never", &[sleeper("c1", &[("all", "all")])]);
@@ -135,6 +138,10 @@ fn labels_annotations_and_optional_objects_are_followed_and_immutable_ones_stay(
         .merge("p", &json!({"metadata": {"labels": {"color": "red"}, "annotations": {"note": "n1"}}}));
     time_until(&[at("labels")], Some("color=\"red\""));
     assert_eq!(read(&at("note")), "n1", "both at once");
+    let mode = std::fs::metadata(at("deep/pw")).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((read(&at("deep/pw")), mode), ("first".to_owned(), 0o400));
+    namespace.of("secrets").merge("key", &json!({"stringData": {"pw": "second"}}));
+    time_until(&[at("deep/pw")], Some("second"));
     namespace.config_map("late", &[("y", "late")]);
     let took = time_until(&[at("y")], Some("late"));
     assert!(took < seconds(2), "{took:?}");

@@ -1,6 +1,7 @@
-//! Which files, directories and links the volumes of a pod come to, before any of them is written.
+//! A pod's volumes: what they come to ([`contents`]), what each container sees of them ([`plan`]), both pure; then the disk
+//! ([`write()`]), and what becomes of it while the pod lives ([`keeper`]).
 //!
-//! Each place is relative to one of three roots and never leaves it: no planned path is absolute or holds
+//! Each place is relative to one of four roots and never leaves it: no planned path is absolute or holds
 //! `..`. Whoever writes them resolves them beneath the root all the same.
 //!
 //! Sources: `pkg/volume/{configmap,secret,projected,downwardapi}`, `pkg/volume/util/atomic_writer.go` (which
@@ -79,7 +80,7 @@ pub struct PlannedFile {
 /// How a file of a volume gets to where a container sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum By {
-    /// By the links of a [`PlannedView`]: it follows the volume.
+    /// By a [`PlannedView`]: it follows the volume.
     View,
     /// Written into the home directory, and again when it changes.
     Home,
@@ -107,8 +108,8 @@ pub struct PlannedLink {
     pub sub: PathBuf,
 }
 
-/// A directory that shows a volume's files by links to them, so that one rename in the volume is seen by all containers. In
-/// the home directory they are files, beside the user's own.
+/// A directory that shows a volume's files, in the same layout as the volume's own and by hard links to it. In the home
+/// directory they are plain files, beside the user's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedView {
     /// Where.

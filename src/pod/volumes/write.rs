@@ -279,11 +279,15 @@ impl<'a> Roots<'a> {
 
     fn show(&mut self, view: &PlannedView, container: &str, files: &Files) -> Result<(), WriteError> {
         let at = absolute(&view.place, container, &self.target.ground);
-        // From within the directory that the view is.
-        let inside = Place { root: view.place.root, path: view.place.path.join(writer::DATA) };
-        let data = self.to_volume(&inside, &Path::new(&view.volume).join(writer::DATA));
+        let (ground, group) = (self.target.ground, self.target.group);
+        let volume = Path::new(VOLUMES).join(&view.volume);
+        let volume = self.pod.existing(&volume).and_then(|found| {
+            found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the volume is not there any more"))
+        });
+        let volume = volume.map_err(fail(&ground.directory.join(VOLUMES).join(&view.volume)))?;
         let (root, path) = self.at(&view.place, container)?;
-        let shown = root.beneath(&path, DIR_MODE).and_then(|shown| writer::show(&shown, &data, files));
+        let shown =
+            root.beneath(&path, DIR_MODE).and_then(|shown| writer::mirror(&shown, &volume, files, group));
         shown.map_err(fail(&at))
     }
 

@@ -17,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::Files;
+use super::{Entry, Files};
 use crate::files::Root;
 
 /// The link to the directory that holds the files.
@@ -26,9 +26,9 @@ pub(super) const DATA: &str = "..data";
 const DATA_NEXT: &str = "..data_tmp";
 /// Mode of the directories (atomic_writer.go, newTimestampDir).
 const DIR_MODE: u32 = 0o755;
-/// How the names of the directories begin that hold files: a year of four digits follows. A volume's file cannot have such
-/// a name (`paths::file_path`).
-const TIME_STAMPED: &str = "..2";
+/// How a directory is called that holds files, `d` standing for a digit. A volume's file cannot have such a name
+/// (`paths::file_path`).
+const STAMP: &str = "..dddd_dd_dd_dd_dd_dd.ddddddddd";
 /// Names that are tried: another writer would have to take the same nanosecond each time.
 const NAMES: u32 = 8;
 
@@ -46,42 +46,80 @@ pub(super) struct Written {
 /// # Errors
 /// When they cannot be written; what was there before is there still.
 pub(super) fn write(volume: &Root, files: &Files, group: Option<u32>) -> io::Result<Written> {
-    let current = current(volume)?;
-    let old = match &current {
-        Some(name) => volume.existing(Path::new(name))?,
+    replace(volume, files, |old| holds(old, files), |new| fill(new, files, group))
+}
+
+/// Makes `view`, a directory in which a container sees a volume, hold the files that `volume` holds by now. They are the same
+/// files (hard links), so that this costs no room, and so that the directory is whole in itself: it may be bound into an
+/// image's file system.
+///
+/// # Errors
+/// As [`write`]'s.
+pub(super) fn mirror(view: &Root, volume: &Root, files: &Files, group: Option<u32>) -> io::Result<()> {
+    let data = current(volume)?.map(|name| volume.existing(Path::new(&name))).transpose()?.flatten();
+    let Some(data) = data else {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the volume's files are not there any more"));
+    };
+    let same = |old: &Root| {
+        files.iter().all(|(path, entry)| {
+            let path = Path::new(path);
+            old.is_same(path, &data) || old.holds(path, &entry.data, entry.mode)
+        })
+    };
+    let link = |new: &Root| {
+        make_directories(new, files, group)?;
+        for (path, entry) in files {
+            // Not on another file system, and not on all kinds of them.
+            if new.link(Path::new(path), &data).is_err() {
+                put(new, path, entry, group)?;
+            }
+        }
+        Ok(())
+    };
+    replace(view, files, same, link).map(drop)
+}
+
+/// Puts a new directory of files in the place of the one that is there, unless that is the `same`.
+fn replace(
+    volume: &Root,
+    files: &Files,
+    same: impl Fn(&Root) -> bool,
+    fill: impl Fn(&Root) -> io::Result<()>,
+) -> io::Result<Written> {
+    let old = match current(volume)? {
+        Some(name) => volume.existing(Path::new(&name))?,
         None => None,
     };
     let mut written = Written { changed: true, removed: Vec::new() };
     if let Some(old) = &old {
         // More than that were never written here.
         let present = old.files(files.len().saturating_add(100_000))?;
-        written.changed =
-            present.as_ref().is_none_or(|present| present.len() != files.len()) || !holds(old, files);
+        written.changed = present.as_ref().is_none_or(|present| present.len() != files.len()) || !same(old);
         written.removed = present
             .into_iter()
             .flatten()
             .filter(|path| path.to_str().is_none_or(|path| !files.contains_key(path)))
             .collect();
     }
-    if written.changed {
-        let (name, new) = new_directory(volume)?;
-        let filled = fill(&new, files, group)
-            .and_then(|()| volume.relink_by(Path::new(&name), OsStr::new(DATA), OsStr::new(DATA_NEXT)));
-        if let Err(error) = filled {
-            let _ = volume.remove_tree(OsStr::new(&name));
-            return Err(error);
-        }
-        show(volume, &PathBuf::from(DATA), files)?;
-        for left in volume.names()? {
-            let text = left.to_string_lossy();
-            if text.starts_with(TIME_STAMPED) && *text != *name && volume.is_dir(&left) {
-                volume.remove_tree(&left)?;
-            }
-        }
-    } else {
-        show(volume, &PathBuf::from(DATA), files)?;
+    if !written.changed {
+        show(volume, files)?;
+        return Ok(written);
     }
-    Ok(written)
+    let (name, new) = new_directory(volume)?;
+    let filled =
+        fill(&new).and_then(|()| volume.relink_by(Path::new(&name), OsStr::new(DATA), OsStr::new(DATA_NEXT)));
+    if let Err(error) = filled {
+        let _ = volume.remove_tree(OsStr::new(&name));
+        return Err(error);
+    }
+    let shown = show(volume, files);
+    for left in volume.names()? {
+        let text = left.to_string_lossy();
+        if is_stamp(&text) && *text != *name && volume.is_dir(&left) {
+            volume.remove_tree(&left)?;
+        }
+    }
+    shown.map(|()| written)
 }
 
 /// Makes `directory` show these files: links to what its `..data` leads to, for the first component of each path. Of what is
@@ -89,11 +127,8 @@ pub(super) fn write(volume: &Root, files: &Files, group: Option<u32>) -> io::Res
 ///
 /// # Errors
 /// When a directory is in the way, or a link cannot be made; the others are made all the same.
-pub(super) fn show(directory: &Root, data: &Path, files: &Files) -> io::Result<()> {
+fn show(directory: &Root, files: &Files) -> io::Result<()> {
     let mut result = Ok(());
-    if data != Path::new(DATA) {
-        directory.relink(data, OsStr::new(DATA))?;
-    }
     let tops = tops(files);
     for top in &tops {
         if let Err(error) = directory.relink(&Path::new(DATA).join(top), OsStr::new(top)) {
@@ -123,7 +158,7 @@ fn current(volume: &Root) -> io::Result<Option<String>> {
         let mut components = target.components();
         match (components.next(), components.next()) {
             (Some(Component::Normal(name)), None) => {
-                name.to_str().filter(|name| name.starts_with(TIME_STAMPED)).map(ToOwned::to_owned)
+                name.to_str().filter(|name| is_stamp(name)).map(ToOwned::to_owned)
             }
             _ => None,
         }
@@ -162,23 +197,36 @@ fn stamp(now: Timestamp) -> String {
     )
 }
 
+fn is_stamp(name: &str) -> bool {
+    name.len() == STAMP.len()
+        && name.bytes().zip(STAMP.bytes()).all(|(byte, wanted)| match wanted {
+            b'd' => byte.is_ascii_digit(),
+            wanted => byte == wanted,
+        })
+}
+
 fn fill(new: &Root, files: &Files, group: Option<u32>) -> io::Result<()> {
+    make_directories(new, files, group)?;
+    files.iter().try_for_each(|(path, entry)| put(new, path, entry, group))
+}
+
+fn make_directories(new: &Root, files: &Files, group: Option<u32>) -> io::Result<()> {
     if let Some(group) = group {
         // Directories that are made in it are the group's too, by the bit.
         new.set_group(group)?;
     }
-    for (path, entry) in files {
-        let path = Path::new(path);
-        if let Some(above) = path.parent().filter(|above| !above.as_os_str().is_empty()) {
-            let set_group = if group.is_some() { 0o2000 } else { 0 };
-            new.create_dir_all(above, DIR_MODE | set_group)?;
-        }
-        new.write(path, &entry.data, entry.mode)?;
-        if let Some(group) = group {
-            new.set_file_group(path, group, entry.mode)?;
-        }
+    let set_group = if group.is_some() { 0o2000 } else { 0 };
+    let above = files.keys().filter_map(|path| Path::new(path).parent());
+    for above in above.filter(|above| !above.as_os_str().is_empty()).collect::<BTreeSet<_>>() {
+        new.create_dir_all(above, DIR_MODE | set_group)?;
     }
     Ok(())
+}
+
+fn put(new: &Root, path: &str, entry: &Entry, group: Option<u32>) -> io::Result<()> {
+    let path = Path::new(path);
+    new.write(path, &entry.data, entry.mode)?;
+    group.map_or(Ok(()), |group| new.set_file_group(path, group, entry.mode))
 }
 
 #[cfg(test)]
@@ -188,7 +236,6 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use super::super::Entry;
     use super::*;
 
     fn files(entries: &[(&str, &str, u32)]) -> Files {
@@ -271,12 +318,13 @@ mod tests {
         write(&root, &files(&[("a", "1", 0o644), ("sub/b", "2", 0o644)]), None).unwrap();
         fs::write(volume.path().join("own"), "mine").unwrap();
         symlink("/etc", volume.path().join("etc")).unwrap();
-        fs::create_dir(volume.path().join("..2000_01_01_00_00_00.1")).unwrap();
+        fs::create_dir(volume.path().join("..2000_01_01_00_00_00.123456789")).unwrap();
+        fs::create_dir(volume.path().join("..2000_own")).unwrap();
         symlink("nowhere", volume.path().join("..data_tmp")).unwrap();
         let written = write(&root, &files(&[("c", "3", 0o644)]), None).unwrap();
         assert_eq!(written.removed.len(), 2, "{written:?}");
         let stamped = target(&volume.path().join("..data"));
-        assert_eq!(names(volume.path()), [stamped.as_str(), "..data", "c", "etc", "own"]);
+        assert_eq!(names(volume.path()), ["..2000_own", stamped.as_str(), "..data", "c", "etc", "own"]);
     }
 
     #[test]
@@ -327,26 +375,52 @@ mod tests {
     }
 
     #[test]
-    fn a_view_follows_the_names() {
+    fn a_view_is_whole_in_itself_takes_no_room_and_follows() {
         let (volume, view) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (root, shown) = (Root::open(volume.path()).unwrap(), Root::open(view.path()).unwrap());
-        let data = volume.path().join("..data");
-        let mut wanted = files(&[("a", "1", 0o644), ("sub/b", "2", 0o644)]);
+        let mut wanted = files(&[("a", "1", 0o644), ("sub/b", "2", 0o640)]);
+        assert!(mirror(&shown, &root, &wanted, None).is_err(), "nothing is there yet");
         write(&root, &wanted, None).unwrap();
-        show(&shown, &data, &wanted).unwrap();
+        mirror(&shown, &root, &wanted, None).unwrap();
         fs::write(view.path().join("result"), "mine").unwrap();
-        assert_eq!(fs::read_to_string(view.path().join("sub/b")).unwrap(), "2");
+        let inode = |directory: &Path, path: &str| fs::metadata(directory.join(path)).unwrap().ino();
+        for path in ["a", "sub/b"] {
+            assert_eq!(inode(view.path(), path), inode(volume.path(), path), "{path}");
+            let real = fs::canonicalize(view.path().join(path)).unwrap();
+            assert!(real.starts_with(fs::canonicalize(view.path()).unwrap()), "{path} leads nowhere else");
+        }
+        let before = target(&view.path().join("..data"));
+        mirror(&shown, &root, &wanted, None).unwrap();
+        assert_eq!(target(&view.path().join("..data")), before, "nothing was written again");
+
         wanted = files(&[("a", "3", 0o644), ("c", "4", 0o644)]);
         write(&root, &wanted, None).unwrap();
-        assert_eq!(fs::read_to_string(view.path().join("a")).unwrap(), "3", "one rename updates all");
-        show(&shown, &data, &wanted).unwrap();
-        assert_eq!(names(view.path()), ["..data", "a", "c", "result"]);
+        assert_eq!(fs::read_to_string(view.path().join("a")).unwrap(), "1", "the old ones are whole still");
+        mirror(&shown, &root, &wanted, None).unwrap();
+        let stamped = target(&view.path().join("..data"));
+        assert_eq!(names(view.path()), [stamped.as_str(), "..data", "a", "c", "result"]);
+        assert_eq!(fs::read_to_string(view.path().join("a")).unwrap(), "3");
         // A directory of the script's own in the way is an error, and the others are shown.
         fs::create_dir(view.path().join("d")).unwrap();
         wanted = files(&[("d", "5", 0o644), ("e", "6", 0o644)]);
         write(&root, &wanted, None).unwrap();
-        assert!(show(&shown, &data, &wanted).unwrap_err().to_string().starts_with("d: "));
-        assert_eq!(names(view.path()), ["..data", "d", "e", "result"]);
+        assert!(mirror(&shown, &root, &wanted, None).unwrap_err().to_string().starts_with("d: "));
+        let stamped = target(&view.path().join("..data"));
+        assert_eq!(names(view.path()), [stamped.as_str(), "..data", "d", "e", "result"]);
+    }
+
+    #[test]
+    fn a_view_on_another_file_system_has_copies() {
+        let (volume, view) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+        let (root, shown) = (Root::open(volume.path()).unwrap(), Root::open(view.path()).unwrap());
+        let wanted = files(&[("sub/b", "2", 0o640)]);
+        write(&root, &wanted, None).unwrap();
+        mirror(&shown, &root, &wanted, None).unwrap();
+        let before = target(&view.path().join("..data"));
+        mirror(&shown, &root, &wanted, None).unwrap();
+        assert_eq!(target(&view.path().join("..data")), before);
+        assert_eq!(fs::read_to_string(view.path().join("sub/b")).unwrap(), "2");
+        assert_eq!(fs::metadata(view.path().join("sub/b")).unwrap().mode() & 0o7777, 0o640);
     }
 
     #[test]
