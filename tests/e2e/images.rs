@@ -43,8 +43,9 @@ fn pods_that_name_images_run_by_the_table_and_one_that_is_in_none_says_what_to_a
     assert_eq!(read(&containers.join("inside/seen")), "handed on\n");
     let given = read(&containers.join("inside/given"));
     let given: Vec<&str> = given.lines().collect();
-    let bind = format!("{}/job", containers.join("inside").display());
-    assert_eq!(given[..6], ["exec", "--bind", &format!("{bind}:{bind}"), "--pwd", "/", "/i/app.sif"]);
+    let volume = pilot.pod_directory("p").join("volumes/m");
+    let bind = format!("{}:{}/job:ro", volume.display(), containers.join("inside").display());
+    assert_eq!(given[..6], ["exec", "--bind", &bind, "--pwd", "/", "/i/app.sif"]);
 
     let mut other = container("c1", "m");
     other["image"] = json!("quay.io/other/app:v1");
