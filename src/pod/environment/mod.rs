@@ -3,6 +3,7 @@
 mod container;
 mod env_files;
 mod fields;
+mod missing;
 mod references;
 mod services;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 pub use container::{Additions, ContainerEnv, EnvInput, Skipped, container_env};
 pub use env_files::EnvFiles;
 pub use fields::{field_value, resource_value};
+pub use missing::{Missing, missing};
 pub use references::{References, TokenRef, references, volume_references};
 pub use services::{Service, ServicePort, service_variables};
 

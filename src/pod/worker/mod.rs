@@ -13,6 +13,7 @@ mod state;
 mod stop;
 mod termination;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use self::stop::Stop;
 use super::backoff::BackOff;
 use super::containers;
 use super::context::Context;
+use super::environment::Missing;
 use super::events::Kind;
 use super::outcome::Outcome;
 use super::probe::{Probes, Report};
@@ -167,6 +169,8 @@ struct Worker {
     /// When `activeDeadlineSeconds` are over.
     deadline_at: Option<Instant>,
     complaint: Option<String>,
+    /// What was told of as missing: at most what the pod's environments name.
+    told_missing: BTreeSet<Missing>,
     ended: bool,
     /// The manager knows that it has ended.
     ended_told: bool,
@@ -206,6 +210,7 @@ impl Worker {
             delete_at: None,
             deadline_at: None,
             complaint: None,
+            told_missing: BTreeSet::new(),
             ended: false,
             ended_told: false,
             reported: false,

@@ -14,8 +14,8 @@ use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
-    Additions, ConfigError, ContainerEnv, EnvFiles, EnvInput, Facts, Objects, Skipped, container_env,
-    references,
+    Additions, ConfigError, ContainerEnv, EnvFiles, EnvInput, Facts, Missing, Objects, Skipped,
+    container_env, missing, references,
 };
 use crate::pod::images;
 use crate::pod::objects::{self, Held, Read, ReadError};
@@ -55,6 +55,11 @@ impl Prepared {
     /// Whether the pod had this container when it was prepared.
     pub fn has(&self, container: &str) -> bool {
         self.scripts.contains_key(container) || self.problems.contains_key(container)
+    }
+
+    /// What the environment of a container names and is not there.
+    pub fn missing(&self, container: &Container) -> Vec<Missing> {
+        missing(container, &self.objects)
     }
 }
 

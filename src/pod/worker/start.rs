@@ -219,6 +219,7 @@ impl Worker {
     fn start(&mut self, index: usize, prepared: &Prepared) {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
+        self.tell_missing(&name, prepared);
         let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, &name, restart, prepared) {
             Ok(made) => made,
             Err(error) => {
@@ -262,6 +263,18 @@ impl Worker {
             return;
         }
         self.follow(index, supervisor, Some(spec));
+    }
+
+    /// Events for what a container's environment names and is not there, once each.
+    fn tell_missing(&mut self, container: &str, prepared: &Prepared) {
+        let found = containers::find(&self.record.pod, container);
+        let missing = found.map(|(_, container)| prepared.missing(&container)).unwrap_or_default();
+        for one in missing {
+            if self.told_missing.insert(one.clone()) {
+                let warning = events::Kind::Warning;
+                self.context.events.record(&self.record.pod, None, warning, &one.reason, &one.message);
+            }
+        }
     }
 
     pub(super) fn follow(&mut self, index: usize, supervisor: Supervisor, spec: Option<ContainerSpec>) {
