@@ -11,6 +11,8 @@ pub mod environment;
 pub mod events;
 pub mod expansion;
 pub mod handler;
+#[cfg(test)]
+mod hostile_tests;
 pub mod images;
 pub mod manager;
 pub mod objects;
