@@ -20,6 +20,7 @@ use self::values::{
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
 use crate::pod::expansion::Expand;
+use crate::pod::isolation::Mode;
 
 /// What is logged where somebody reads it afterwards.
 const NORMAL: &str = "info";
@@ -88,6 +89,27 @@ pub enum ExpandArg {
     Kubernetes,
 }
 
+/// Which pods get namespaces of their own.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum IsolationArg {
+    /// None: pods run as the pilot does.
+    None,
+    /// All pods.
+    Namespaces,
+    /// Pods whose annotation jiriaf.isolation is `namespaces`.
+    Annotation,
+}
+
+impl From<IsolationArg> for Mode {
+    fn from(arg: IsolationArg) -> Self {
+        match arg {
+            IsolationArg::None => Self::None,
+            IsolationArg::Namespaces => Self::Namespaces,
+            IsolationArg::Annotation => Self::Annotation,
+        }
+    }
+}
+
 impl From<ExpandArg> for Expand {
     fn from(arg: ExpandArg) -> Self {
         match arg {
@@ -145,6 +167,10 @@ pub struct PodArgs {
     /// What is replaced in args and env values.
     #[arg(long, env = "JIRIAF_EXPAND", value_enum, default_value = "jiriaf")]
     pub expand: ExpandArg,
+    /// Which pods get user, mount and PID namespaces of their own: volumes at their absolute paths, own process ids, nothing
+    /// of other pods. setuid programs do not work in them.
+    #[arg(long, env = "JIRIAF_ISOLATION", value_enum, default_value = "none")]
+    pub isolation: IsolationArg,
 }
 
 /// Settings of `play`.
@@ -262,6 +288,9 @@ pub fn main() -> ExitCode {
     match args.get(1).and_then(|arg| arg.to_str()) {
         Some("supervise") => return crate::container::supervise(),
         Some("launch") => return crate::container::launch(),
+        Some("init") => return crate::container::isolation::init(),
+        Some("become") => return crate::container::become_program(),
+        Some("try-namespaces") => return crate::container::isolation::try_namespaces(),
         _ => {}
     }
     let cli = parse(args.clone());
@@ -374,6 +403,7 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--kill-wait", "2"], "--kill-wait"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),
+            (vec!["jiriaf-pilot", "run", "--isolation", "all"], "--isolation"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();

@@ -13,6 +13,7 @@ use super::api::Api;
 use super::directory::ProcessIdentity;
 use super::events::Events;
 use super::expansion::Expand;
+use super::isolation::Isolation;
 use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
@@ -154,6 +155,8 @@ pub struct Policy {
     pub hold_end: Duration,
     /// The limit of open files that containers get back, where the pilot raised its own.
     pub open_files: Option<u64>,
+    /// Which pods have namespaces of their own.
+    pub isolation: Isolation,
 }
 
 impl Places {

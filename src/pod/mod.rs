@@ -11,6 +11,7 @@ pub mod environment;
 pub mod events;
 pub mod expansion;
 pub mod handler;
+pub mod isolation;
 pub mod manager;
 pub mod outcome;
 pub mod ports;

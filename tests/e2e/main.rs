@@ -21,6 +21,7 @@ mod full_disk;
 mod grant;
 mod hooks;
 mod identity;
+mod isolation;
 mod load;
 mod logs;
 mod metrics;

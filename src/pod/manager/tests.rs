@@ -68,6 +68,7 @@ fn case() -> Case {
             orphan_timeout: Duration::ZERO,
             hold_end: Duration::ZERO,
             open_files: None,
+            isolation: Default::default(),
         },
         ports: None,
         output: None,

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
 
-use crate::container::{ContainerSpec, LogLimits, Stdio};
+use crate::container::{ContainerSpec, LogLimits, Stdio, ViewMount};
 use crate::files;
 use crate::pod::api::{Api, ApiError, Token, TokenWish};
 use crate::pod::command_line::argv;
@@ -18,6 +18,8 @@ use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
 use crate::pod::environment::{
     Additions, ConfigError, EnvInput, Facts, Objects, Skipped, TokenRef, container_env, references,
 };
+use crate::pod::events::Kind;
+use crate::pod::isolation::{self, Choice};
 use crate::pod::volumes::{self, ContainerPlan, ImageError, Place, Root, VolumeError};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
@@ -35,6 +37,8 @@ pub struct Prepared {
     scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
     /// What was left out, for an event.
     pub notes: Vec<String>,
+    /// Whether its containers have namespaces of their own.
+    isolated: bool,
 }
 
 /// Why a pod cannot start yet.
@@ -177,10 +181,17 @@ async fn fill(
             (container.name.clone(), place.map(absolute))
         })
         .collect();
+    let choice = context.policy.isolation.choose(pod.metadata.annotations.as_ref());
+    if let Choice::Instead(why) = &choice {
+        context.events.record(pod, None, Kind::Warning, isolation::REASON, why);
+    }
     let home = context.places.home.clone();
+    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+    let contents = directory::contents(&directory, uid, &context.places.kept);
     let target = directory.clone();
-    blocking(move || write_volumes(&target, &home, &plans)).await??;
-    Ok(Prepared { directory, objects, facts, scripts, notes })
+    let isolated = choice == Choice::Isolated;
+    blocking(move || write_volumes(&target, &contents, &home, &plans)).await??;
+    Ok(Prepared { directory, objects, facts, scripts, notes, isolated })
 }
 
 async fn read_objects(api: &Api, pod: &Pod, notes: &mut Vec<String>) -> Result<Objects, PrepareError> {
@@ -258,7 +269,10 @@ async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<P
         _ => None,
     };
     let home = context.places.home.clone();
-    Ok(blocking(move || claim_at(&parent, &marker, asked.as_deref(), liveness, &home)).await??)
+    // Where files of pods may have to be hidden from others, they lie in the kept directory.
+    let store = context.policy.isolation.stores().then(|| context.places.kept.clone());
+    Ok(blocking(move || claim_at(&parent, &marker, asked.as_deref(), liveness, &home, store.as_deref()))
+        .await??)
 }
 
 fn claim_at(
@@ -267,9 +281,14 @@ fn claim_at(
     asked: Option<&Marker>,
     liveness: Liveness,
     home: &Path,
+    store: Option<&Path>,
 ) -> Result<PathBuf, DirectoryError> {
     let answer = |other: &Marker| if Some(other) == asked { liveness } else { Liveness::Alive };
     let claimed = directory::claim(parent, marker, answer)?;
+    if let Some(kept) = store {
+        directory::keep_in_store(&claimed, marker, kept)
+            .map_err(|source| DirectoryError { path: directory::store(kept, &marker.uid), source })?;
+    }
     // A pod whose pilot died has left its files in the home directory too, where they would be in the way of this one's.
     if let Some(gone) = asked.filter(|_| liveness == Liveness::Gone) {
         let aside = parent.join(directory::suffixed(&gone.name, &gone.uid));
@@ -326,8 +345,14 @@ fn container_dir(directory: &Path, container: &str) -> PathBuf {
     directory.join("containers").join(container)
 }
 
-/// Writes what was planned. Nothing leaves its root, by no `..` and no link.
-fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Result<(), PrepareError> {
+/// Writes what was planned. Nothing leaves its root, by no `..` and no link; `contents` is where our own links to the
+/// pod's files lead ([`directory::contents`]).
+fn write_volumes(
+    directory: &Path,
+    contents: &Path,
+    home: &Path,
+    plans: &[ContainerPlan],
+) -> Result<(), PrepareError> {
     let fail = |path: &Path| {
         let path = path.to_owned();
         move |source: io::Error| match source.kind() {
@@ -335,7 +360,7 @@ fn write_volumes(directory: &Path, home: &Path, plans: &[ContainerPlan]) -> Resu
             _ => PrepareError::Write { path, source },
         }
     };
-    let pod = files::Root::open(directory).map_err(fail(directory))?;
+    let pod = files::Root::open(contents).map_err(fail(contents))?;
     let list = directory.join(directory::HOME_FILES);
     let mut home_root = None;
     for plan in plans {
@@ -432,6 +457,15 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
+    let view = prepared.isolated.then(|| {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let shown = vec![
+            directory::contents(&prepared.directory, uid, &context.places.kept),
+            isolation::memory_root().join(uid),
+        ];
+        let message_path = container.termination_message_path.as_deref();
+        context.policy.isolation.view(view_mounts(&own, container), shown, message_path)
+    });
     let spec = ContainerSpec {
         argv,
         env: env.vars,
@@ -447,8 +481,26 @@ pub fn spec(
         grace: super::own_grace(pod),
         forward_output: context.output.is_some(),
         stdio: stdio(container),
+        view,
     };
     Ok((spec, env.skipped))
+}
+
+/// What a container sees at its absolute mountPaths: what lies at the same paths in its directory. Outer ones first.
+fn view_mounts(own: &Path, container: &Container) -> Vec<ViewMount> {
+    let absolute = |mount: &VolumeMount| {
+        let beneath = Path::new(&mount.mount_path).strip_prefix("/").ok()?;
+        // The root itself would hide the host.
+        beneath.components().next()?;
+        Some(ViewMount {
+            source: own.join(beneath),
+            target: Path::new("/").join(beneath),
+            read_only: mount.read_only.unwrap_or(false),
+        })
+    };
+    let mut mounts: Vec<_> = container.volume_mounts.iter().flatten().filter_map(absolute).collect();
+    mounts.sort_by_key(|mount| mount.target.components().count());
+    mounts
 }
 
 /// What the container's program reads and writes.

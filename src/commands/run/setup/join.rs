@@ -22,6 +22,7 @@ use crate::pod::api::{Api, Cluster};
 use crate::pod::context::{Context, Identity, Policy, on_disk};
 use crate::pod::directory;
 use crate::pod::events::Events;
+use crate::pod::isolation::Isolation;
 use crate::pod::manager::{self, Manager};
 use crate::pod::{environment, source};
 
@@ -115,7 +116,11 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
         draining,
         roster: Arc::default(),
         metrics: way.metrics.clone(),
-        policy: Policy { open_files: raise_open_files(), ..policy(begun.allocation.batch) },
+        policy: Policy {
+            open_files: raise_open_files(),
+            isolation: begun.isolation.clone(),
+            ..policy(begun.allocation.batch)
+        },
         ports: tunnel::pod_ports(begun.holds.tunnels.as_ref()),
         output: None,
     })
@@ -163,6 +168,7 @@ pub(in crate::commands) fn policy(batch: BatchSystem) -> Policy {
         orphan_timeout: ORPHAN_TIMEOUT,
         hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
         open_files: None,
+        isolation: Isolation::default(),
     }
 }
 
