@@ -22,6 +22,7 @@ use crate::commands;
 use crate::guardian::RESTARTED;
 use crate::pod::expansion::Expand;
 use crate::pod::images::{self, Images};
+use crate::pod::isolation::Mode;
 
 /// What is logged where somebody reads it afterwards.
 const NORMAL: &str = "info";
@@ -90,6 +91,27 @@ pub enum ExpandArg {
     Kubernetes,
 }
 
+/// Which pods get namespaces of their own.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum IsolationArg {
+    /// None: pods run as the pilot does.
+    None,
+    /// All pods.
+    Namespaces,
+    /// Pods whose annotation jiriaf.isolation is `namespaces`.
+    Annotation,
+}
+
+impl From<IsolationArg> for Mode {
+    fn from(arg: IsolationArg) -> Self {
+        match arg {
+            IsolationArg::None => Self::None,
+            IsolationArg::Namespaces => Self::Namespaces,
+            IsolationArg::Annotation => Self::Annotation,
+        }
+    }
+}
+
 impl From<ExpandArg> for Expand {
     fn from(arg: ExpandArg) -> Self {
         match arg {
@@ -154,6 +176,10 @@ pub struct PodArgs {
     /// A table of images: what a container does whose image names none of its volumeMounts (docs/reference.md, Images).
     #[arg(long, env = "JIRIAF_IMAGES", value_parser = load_images, value_name = "FILE")]
     pub images: Option<Images>,
+    /// Which pods get user, mount and PID namespaces of their own: volumes at their absolute paths, own process ids, nothing
+    /// of other pods. setuid programs do not work in them.
+    #[arg(long, env = "JIRIAF_ISOLATION", value_enum, default_value = "none")]
+    pub isolation: IsolationArg,
 }
 
 /// Settings of `play`.
@@ -271,6 +297,9 @@ pub fn main() -> ExitCode {
     match args.get(1).and_then(|arg| arg.to_str()) {
         Some("supervise") => return crate::container::supervise(),
         Some("launch") => return crate::container::launch(),
+        Some("init") => return crate::container::isolation::init(),
+        Some("become") => return crate::container::become_program(),
+        Some("try-namespaces") => return crate::container::isolation::try_namespaces(),
         _ => {}
     }
     let cli = parse(args.clone());
@@ -398,6 +427,7 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--images", "/nonexistent"], "--images"),
             (vec!["jiriaf-pilot", "play", "--images", "Cargo.toml", "x"], "--images"),
             (vec!["jiriaf-pilot", "check", "--images", "Cargo.toml"], "--images"),
+            (vec!["jiriaf-pilot", "run", "--isolation", "all"], "--isolation"),
             (vec!["jiriaf-pilot", "run", "--bogus"], "--bogus"),
         ] {
             let error = Cli::try_parse_from(args).unwrap_err();

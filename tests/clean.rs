@@ -131,6 +131,31 @@ fn unique(uid: &str) -> String {
 }
 
 #[test]
+fn files_in_the_store_go_with_their_pod_and_without_it() {
+    use jiriaf_pilot::pod::directory::{keep_in_store, read_marker, store};
+    let place = Place::new();
+    let dead = dead();
+    let kept = place.home().join(".jiriaf-pilot/7");
+    fs::create_dir(place.home().join(".jiriaf-pilot")).unwrap();
+    fs::set_permissions(place.home().join(".jiriaf-pilot"), Permissions::from_mode(0o700)).unwrap();
+    for (name, uid) in [("p1", "aaaaaaaa-1"), ("p2", "bbbbbbbb-1")] {
+        let directory = place.pod(name, uid, "n1", "gone", &dead);
+        let marker = read_marker(&directory).unwrap();
+        fs::remove_dir_all(directory.join("containers")).unwrap();
+        keep_in_store(&directory, &marker, &kept).unwrap();
+        fs::create_dir_all(directory.join("containers/c/logs")).unwrap();
+        fs::write(directory.join("containers/c/logs/0.log"), "a line\n").unwrap();
+    }
+    fs::remove_dir_all(place.home().join("p2")).unwrap();
+    let output = place.clean(&[]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(!place.home().join("p1").exists() && !store(&kept, "").exists(), "{output:?}");
+    let mut logs: Vec<_> = fs::read_dir(&kept).unwrap().map(|e| e.unwrap().file_name()).collect();
+    logs.sort();
+    assert_eq!(logs, ["default.p1.aaaaaaaa.c.0.log", "default.p2.bbbbbbbb.c.0.log"]);
+}
+
+#[test]
 fn what_a_dead_pilot_left_goes_and_its_logs_are_kept() {
     let place = Place::new();
     let uid = unique("aaaaaaaa");

@@ -64,6 +64,7 @@ impl Bed {
             grace: Duration::from_millis(100),
             forward_output: false,
             stdio: Stdio::Null,
+            view: None,
         }
     }
 

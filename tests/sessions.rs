@@ -80,6 +80,7 @@ impl Bed {
             grace: Duration::from_millis(100),
             forward_output: false,
             stdio,
+            view: None,
         };
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_jiriaf-pilot"));
         let all = Supervisors::new(&self.dir.path().join("state"), self.mark.clone()).unwrap();

@@ -62,6 +62,7 @@ impl Bed {
             grace: Duration::from_millis(100),
             forward_output: false,
             stdio: jiriaf_pilot::container::Stdio::Null,
+            view: None,
         };
         supervisor.start(spec).await;
         let event = tokio::time::timeout(SOON, supervisor.next()).await.unwrap();

@@ -64,6 +64,7 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
     findings.extend(host::allocation(args, &granted, end.as_ref(), now));
     findings.extend(host::tools(&env, granted.batch, args.pods.images.as_ref()));
     findings.push(host::port(args));
+    findings.extend(host::isolation(args).await);
 
     let home = env.filled("HOME").map(PathBuf::from);
     match args.pods.pods_dir.clone().or_else(|| home.clone()) {

@@ -144,14 +144,16 @@ impl Cleaner {
 
     fn pod(&mut self, root: &Path, pod: &PodDirectory) {
         let marker = &pod.marker;
-        let bytes = size(&pod.path);
+        let job = marker.job.as_deref().or(marker.node.as_deref()).unwrap_or("play");
+        let kept = root.join(directory::KEPT).join(label_value(job));
+        let files = directory::contents(&pod.path, &marker.uid, &kept);
+        let stored = if files == pod.path { 0 } else { size(&files) };
+        let bytes = size(&pod.path).saturating_add(stored);
         let mut logs = Vec::new();
         if !self.dry_run {
             if let Some(node) = &marker.node {
                 self.end(node, &marker.uid);
             }
-            let job = marker.job.as_deref().or(marker.node.as_deref()).unwrap_or("play");
-            let kept = root.join(directory::KEPT).join(label_value(job));
             let home = std::env::var_os("HOME").map(PathBuf::from);
             match directory::remove(&pod.path, &marker.uid, &kept, home.as_deref()) {
                 Ok(kept) => logs = kept,

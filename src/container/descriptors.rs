@@ -9,8 +9,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Standard input, output and error: nobody needs more at once.
-pub(super) const MOST: usize = 3;
+/// Standard input, output and error for a session; a container's program in namespaces gets six
+/// (`isolation::Handed`).
+pub(super) const MOST: usize = 6;
 
 /// Sends some of `bytes`, with all of `descriptors` beside the first; how many bytes went.
 pub(super) fn send(

@@ -5,15 +5,17 @@
 //! needs `pre_exec` or unsafe code. A program that cannot be run is told on the socket; a successful exec closes it.
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
@@ -21,8 +23,9 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, se
 
 use super::descriptors;
 use super::exec::exec;
+use super::isolation::{self, Handed, OwnHanded, Word};
 use super::log::{self, LogLimits};
-use super::protocol::{LINE_BYTES, Launch, Session, StartError, Stdin, line};
+use super::protocol::{LINE_BYTES, Launch, Namespaces, Session, StartError, Stdin, line};
 
 /// pbs_attach asks the MOM of its own host.
 const ATTACH_LIMIT: Duration = Duration::from_secs(5);
@@ -47,10 +50,104 @@ pub fn launch() -> ExitCode {
             return fail(&socket, &StartError::Other { what: "reading what to start".to_owned(), problem });
         }
     };
-    let error = become_container(&launch, given.into_iter().next(), socket.as_raw_fd())
+    match &launch.place {
+        Namespaces::Outer => {
+            let error = become_container(&launch, None, given.into_iter().next(), socket.as_raw_fd())
+                .err()
+                .unwrap_or_else(|| exec(&launch.argv, &launch.env));
+            fail(&socket, &error)
+        }
+        Namespaces::New(_) | Namespaces::Of(_) => match start_in_namespaces(launch, given, &socket) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&socket, &error),
+        },
+    }
+}
+
+/// Starts the next stage in namespaces, new ones or a container's, and is done.
+fn start_in_namespaces(
+    mut launch: Launch,
+    mut given: Vec<OwnedFd>,
+    socket: &UnixStream,
+) -> Result<(), StartError> {
+    let io = |what: &'static str| {
+        move |error: io::Error| StartError::Other { what: what.to_owned(), problem: error.to_string() }
+    };
+    let missing = || io("a container in namespaces")(io::ErrorKind::UnexpectedEof.into());
+    let words = given.pop().ok_or_else(missing)?;
+    let answer = socket.as_fd().try_clone_to_owned().map_err(io("the way to complain"))?;
+    let place = std::mem::take(&mut launch.place);
+    launch.in_namespaces = true;
+    let settings = isolation::settings(&launch).map_err(io("handing the settings on"))?;
+    let own = match (&place, &launch.container_dir) {
+        (Namespaces::New(view), Some(directory)) => {
+            make_log(&launch);
+            isolation::namespaces::separate()?;
+            let open = |path: &Path| fs::File::open(path).map(OwnedFd::from);
+            let (proc, own) = (open(Path::new("/proc")), open(directory));
+            isolation::view::build(view, Some(directory))?;
+            Some(OwnHanded {
+                words: words.try_clone().map_err(io("the pipe for words"))?,
+                proc: proc.map_err(io("/proc"))?,
+                directory: own.map_err(io("the container's directory"))?,
+            })
+        }
+        (Namespaces::Of(init), _) => {
+            isolation::namespaces::enter(*init)?;
+            isolation::namespaces::give_capabilities_up()?;
+            None
+        }
+        (Namespaces::New(_) | Namespaces::Outer, _) => return Err(missing()),
+    };
+    let handed = Handed { answer, settings, own, stdin: given.into_iter().next() };
+    isolation::start(&launch, &handed, &words)
+}
+
+/// The main of the stage that becomes a program in namespaces: what it needs comes on its standard input.
+#[must_use]
+pub fn become_program() -> ExitCode {
+    let stdin = io::stdin();
+    let Ok(Handed { answer, settings, own, stdin: given }) = Handed::receive(stdin.as_fd()) else {
+        return ExitCode::from(128);
+    };
+    let socket = UnixStream::from(answer);
+    let mut text = Vec::new();
+    let read = fs::File::from(settings).read_to_end(&mut text);
+    let mut launch: Launch =
+        match read.map_err(serde_json::Error::io).and_then(|_| serde_json::from_slice(&text)) {
+            Ok(launch) => launch,
+            Err(error) => {
+                let what = "reading what to become".to_owned();
+                return fail(&socket, &StartError::Other { what, problem: error.to_string() });
+            }
+        };
+    // A pod's directory is reached by a link of ours; shells show the path that was meant when they are told of it.
+    launch.env.retain(|(name, _)| name != "PWD");
+    launch.env.push(("PWD".to_owned(), launch.working_dir.display().to_string()));
+    let error = become_container(&launch, own, given, socket.as_raw_fd())
         .err()
         .unwrap_or_else(|| exec(&launch.argv, &launch.env));
     fail(&socket, &error)
+}
+
+/// The log is there from the start, also for a container that says nothing. One that cannot be made holds nothing up.
+fn make_log(launch: &Launch) {
+    if let Some(path) = &launch.log {
+        let _ = log::open(path);
+        log::forget_old(path, LogLimits::default().files);
+    }
+}
+
+/// Says which process this is on the host, and writes its group's number there.
+fn name_own_group(own: &OwnHanded) -> io::Result<()> {
+    // The host's /proc tells each process its number there.
+    let pid = nix::fcntl::readlinkat(&own.proc, "self")?;
+    let text = pid.to_string_lossy();
+    let pid: i32 = text.parse().map_err(|_| io::Error::other(format!("/proc/self leads to {text:?}")))?;
+    Word::Program(pid).say(own.words.as_fd());
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC;
+    let file = openat(&own.directory, "pgid", flags, Mode::from_bits_truncate(0o666))?;
+    fs::File::from(file).write_all(format!("{pid}\n").as_bytes())
 }
 
 /// Reads one line, with the descriptors that come along.
@@ -77,31 +174,42 @@ fn other(what: &str) -> impl Fn(Errno) -> StartError {
     move |errno| StartError::Other { what: what.clone(), problem: errno.desc().to_owned() }
 }
 
-fn become_container(launch: &Launch, given: Option<OwnedFd>, keep: RawFd) -> Result<(), StartError> {
+/// All that comes before the exec. `own` is there for a container's own program in namespaces.
+fn become_container(
+    launch: &Launch,
+    own: Option<OwnHanded>,
+    given: Option<OwnedFd>,
+    keep: RawFd,
+) -> Result<(), StartError> {
     let terminal = launch.stdin == Stdin::Terminal;
     match launch.session {
         // A terminal belongs to a session, whose first process this must be.
         Session::Own => setsid().map(drop).map_err(other("making a session"))?,
         Session::Shared if terminal => {
             setsid().map_err(other("making a session"))?;
-            attach_to_job(&launch.env);
+            // In a PID namespace pbs_attach knows neither the process nor its session by the host's numbers. There is
+            // no need either: whatever is there ends with init, which is in the job's session.
+            if !launch.in_namespaces {
+                attach_to_job(&launch.env);
+            }
         }
         Session::Shared => {
             setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(other("making a process group"))?
         }
     }
     umask(Mode::from_bits_truncate(0o022));
-    if let Some(dir) = &launch.container_dir {
+    if let Some(own) = own {
+        name_own_group(&own).map_err(|error| StartError::Other {
+            what: "writing pgid into the container's directory".to_owned(),
+            problem: error.to_string(),
+        })?;
+    } else if let Some(dir) = &launch.container_dir {
         let pgid = dir.join("pgid");
         fs::write(&pgid, format!("{}\n", getpid())).map_err(|error| StartError::Other {
             what: format!("writing {}", pgid.display()),
             problem: error.to_string(),
         })?;
-    }
-    // The log is there from the start, also for a container that says nothing. One that cannot be made holds nothing up.
-    if let Some(path) = &launch.log {
-        let _ = log::open(path);
-        log::forget_old(path, LogLimits::default().files);
+        make_log(launch);
     }
     if let Some(adjustment) = launch.oom_score_adj {
         // Raising it needs no right; where it fails all the same, the container runs as it is.

@@ -6,6 +6,7 @@
 mod client;
 mod descriptors;
 mod exec;
+pub mod isolation;
 mod launch;
 mod log;
 pub mod log_reader;
@@ -22,9 +23,9 @@ pub mod terminal;
 pub mod usage;
 
 pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
-pub use launch::launch;
+pub use launch::{become_program, launch};
 pub use log::LogLimits;
-pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError, Stdio};
+pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError, Stdio, View, ViewMount};
 pub use remains::{end_marked, end_supervisors, is_supervisor};
 pub use supervisor::supervise;
 

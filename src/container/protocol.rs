@@ -93,6 +93,33 @@ pub struct ContainerSpec {
     pub forward_output: bool,
     /// What the program reads and writes.
     pub stdio: Stdio,
+    /// What the container sees in namespaces of its own; none: it runs in the pilot's.
+    #[serde(default)]
+    pub view: Option<View>,
+}
+
+/// What a container in namespaces of its own sees besides the host's file system.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// What is mounted, outer places first.
+    pub mounts: Vec<ViewMount>,
+    /// Directories that appear empty.
+    pub hidden: Vec<PathBuf>,
+    /// Directories beneath hidden ones that appear all the same, where they are there.
+    pub shown: Vec<PathBuf>,
+    /// Where the file `termination-log` of the container's directory appears.
+    pub termination_log: Option<PathBuf>,
+}
+
+/// One mount of a [`View`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewMount {
+    /// A directory or a file of the host; absolute.
+    pub source: PathBuf,
+    /// Where it appears; absolute.
+    pub target: PathBuf,
+    /// Whether nothing can be written there.
+    pub read_only: bool,
 }
 
 /// What a program's standard input is, and whether all three are a terminal.
@@ -310,6 +337,24 @@ pub(super) struct Launch {
     pub no_new_privs: bool,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
+    /// Whether in namespaces, and which. The pipe for [`super::isolation::Word`]s comes along then, last.
+    #[serde(default)]
+    pub place: Namespaces,
+    /// Whether it is in namespaces already; the stage before has taken `place` then.
+    #[serde(default)]
+    pub in_namespaces: bool,
+}
+
+/// In which namespaces the third stage's program runs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) enum Namespaces {
+    /// The supervisor's.
+    #[default]
+    Outer,
+    /// New ones, with this view.
+    New(View),
+    /// Those of this process, the first one of a container.
+    Of(i32),
 }
 
 /// What the third stage makes its standard input of.
@@ -363,6 +408,7 @@ mod tests {
             grace: Duration::ZERO,
             forward_output: false,
             stdio: Stdio::Null,
+            view: None,
         };
         assert!(!format!("{spec:?}").contains("hush"));
     }

@@ -13,10 +13,13 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::isolation::Words;
 use super::log::{Log, Output};
 use super::output::{Outputs, Sink};
 use super::peer::set_nonblocking;
-use super::protocol::{ContainerSpec, End, Event, Launch, Session, StartError, Stdin, Stdio, line};
+use super::protocol::{
+    ContainerSpec, End, Event, Launch, Namespaces, Session, StartError, Stdin, Stdio, line,
+};
 use super::sessions::name_terminal;
 use super::{descriptors, process, terminal};
 
@@ -66,16 +69,17 @@ impl Launcher {
         Ok(Self { pid: i32::try_from(child.id()).unwrap_or(i32::MAX), socket, outputs })
     }
 
-    /// Tells the third stage what it is to become, with the descriptor that its standard input is made of. Returns the
-    /// socket on which it may still complain.
+    /// Tells the third stage what it is to become, with the descriptor that its standard input is made of, and for
+    /// namespaces the pipe for words. Returns the socket on which it may still complain.
     pub(super) fn launch(
         mut self,
         launch: &Launch,
         stdin: Option<&OwnedFd>,
+        words: Option<&OwnedFd>,
     ) -> io::Result<(UnixStream, Outputs)> {
         self.socket.set_write_timeout(Some(LAUNCH_LIMIT))?;
         let text = line(launch);
-        let beside: Vec<_> = stdin.iter().map(|fd| fd.as_fd()).collect();
+        let beside: Vec<_> = stdin.into_iter().chain(words).map(|fd| fd.as_fd()).collect();
         let sent = descriptors::send(self.socket.as_fd(), &text, &beside)?;
         self.socket.write_all(&text[sent..])?;
         self.socket.set_nonblocking(true)?;
@@ -92,11 +96,17 @@ pub(super) struct Surroundings {
     pub(super) oom_score_adj: Option<i32>,
     pub(super) open_files: Option<u64>,
     pub(super) no_new_privs: bool,
+    /// Whether the container is in namespaces of its own; their first process once it is known.
+    pub(super) isolated: bool,
+    pub(super) init: Option<i32>,
 }
 
 /// A container that was started.
 pub(super) struct Running {
-    pub(super) pid: i32,
+    /// The third stage, which becomes the program; in namespaces it only starts them.
+    pid: i32,
+    /// What comes from a container in namespaces.
+    words: Option<Words>,
     /// Open until the third stage's exec.
     pub(super) launch: Option<UnixStream>,
     answer: Vec<u8>,
@@ -134,6 +144,12 @@ impl Running {
             oom_score_adj: spec.oom_score_adj,
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
+            isolated: spec.view.is_some(),
+            init: None,
+        };
+        let (words, their_words) = match &spec.view {
+            Some(_) => Words::new().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
+            None => (None, None),
         };
         let ends = Ends::make(spec.stdio)?;
         let mut env = spec.env;
@@ -151,10 +167,13 @@ impl Running {
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
             stdin: ends.kind,
+            place: spec.view.map_or(Namespaces::Outer, Namespaces::New),
+            in_namespaces: false,
         };
-        let (socket, outputs) = launcher.launch(&launch, ends.theirs.as_ref())?;
+        let (socket, outputs) = launcher.launch(&launch, ends.theirs.as_ref(), their_words.as_ref())?;
         Ok(Self {
             pid,
+            words,
             launch: Some(socket),
             answer: Vec::new(),
             outputs: ends.outputs.unwrap_or(outputs),
@@ -190,12 +209,33 @@ impl Running {
         if !self.answer.is_empty() {
             return None;
         }
+        self.hear_words();
         let at = SystemTime::now();
         self.started_at = Some(at);
         if self.terminated && self.first.is_none() {
             self.send_term();
         }
-        Some(Event::Started { pid: self.pid, at })
+        Some(Event::Started { pid: self.program(), at })
+    }
+
+    /// The program's process, and its process group.
+    fn program(&self) -> i32 {
+        self.words.as_ref().and_then(|words| words.program).unwrap_or(self.pid)
+    }
+
+    /// Where a container in namespaces says how its program ended.
+    pub(super) fn words(&self) -> Option<&Words> {
+        self.words.as_ref().filter(|words| words.open)
+    }
+
+    /// A container in namespaces has said something.
+    pub(super) fn hear_words(&mut self) {
+        let Some(words) = &mut self.words else { return };
+        words.hear();
+        self.surroundings.init = words.init;
+        if let Some(end) = words.end {
+            self.first.get_or_insert((end, SystemTime::now()));
+        }
     }
 
     /// SIGTERM once, and SIGKILL after `grace`; a later call may only shorten it.
@@ -213,7 +253,7 @@ impl Running {
     }
 
     fn send_term(&self) {
-        let group = Pid::from_raw(self.pid);
+        let group = Pid::from_raw(self.program());
         let _ = killpg(group, self.stop_signal);
         // What is stopped (by reading a terminal, or by job control) acts on its SIGTERM when it goes on.
         let all = process::descendants(nix::unistd::getpid().as_raw());
@@ -254,7 +294,10 @@ impl Running {
 
     /// Takes note of a child's end.
     pub(super) fn note(&mut self, pid: i32, status: WaitStatus) {
-        if pid == self.pid {
+        self.hear_words();
+        // The end of init without a word of the program's is that of the container.
+        let first = self.words.as_ref().and_then(|words| words.init).unwrap_or(self.pid);
+        if pid == first {
             self.first.get_or_insert((status, SystemTime::now()));
         }
     }

@@ -13,10 +13,11 @@ use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use super::isolation::Words;
 use super::log::Output;
 use super::output::Sink;
 use super::peer::set_nonblocking;
-use super::protocol::{Event, ExecSpec, Launch, StartError, Stdin};
+use super::protocol::{Event, ExecSpec, Launch, Namespaces, StartError, Stdin};
 use super::run::{Launcher, Surroundings, output_event, start_error};
 
 /// Programs that may run in one container besides its own: more than a crowd of people and probes, and a bound.
@@ -44,6 +45,8 @@ pub(super) struct Sessions {
 struct Exec {
     id: u64,
     pid: i32,
+    /// Where the third stage names the process that it has started in the container's namespaces, until it has.
+    words: Option<Words>,
     /// On which the third stage complains when it cannot become the program.
     socket: UnixStream,
 }
@@ -80,8 +83,9 @@ impl Sessions {
     }
 
     /// A signal to such a program's process group.
-    pub(super) fn signal(&self, id: u64, signal: i32) {
+    pub(super) fn signal(&mut self, id: u64, signal: i32) {
         let Ok(signal) = Signal::try_from(signal) else { return };
+        self.execs.iter_mut().for_each(Exec::learn);
         // It is not reaped yet, so its number is still its own.
         if let Some(exec) = self.execs.iter().find(|exec| exec.id == id) {
             let _ = killpg(Pid::from_raw(exec.pid), signal);
@@ -90,6 +94,7 @@ impl Sessions {
 
     /// Takes note of a child's end; tells it when it was such a program.
     pub(super) fn note(&mut self, pid: i32, status: WaitStatus) -> Option<Event> {
+        self.execs.iter_mut().for_each(Exec::learn);
         let index = self.execs.iter().position(|exec| exec.pid == pid)?;
         let exec = self.execs.swap_remove(index);
         let mut answer = Vec::new();
@@ -209,6 +214,15 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
     if spec.terminal {
         name_terminal(&mut env);
     }
+    let place = match surroundings.init {
+        Some(init) => Namespaces::Of(init),
+        None if surroundings.isolated => return Err(io::Error::other("its namespaces are not there yet")),
+        None => Namespaces::Outer,
+    };
+    let (words, their_words) = match surroundings.init {
+        Some(_) => Words::new().map(|(ours, theirs)| (Some(ours), Some(theirs)))?,
+        None => (None, None),
+    };
     let launch = Launch {
         argv: spec.argv,
         env,
@@ -220,9 +234,22 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         open_files: surroundings.open_files,
         no_new_privs: surroundings.no_new_privs,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
+        place,
+        in_namespaces: false,
     };
-    let (socket, _) = launcher.launch(&launch, Some(&stdin))?;
-    Ok(Exec { id: spec.id, pid, socket })
+    let (socket, _) = launcher.launch(&launch, Some(&stdin), their_words.as_ref())?;
+    Ok(Exec { id: spec.id, pid, words, socket })
+}
+
+impl Exec {
+    /// In namespaces the third stage is not the program: it starts it, names it and is gone.
+    fn learn(&mut self) {
+        let Some(words) = &mut self.words else { return };
+        words.hear();
+        if let Some(pid) = words.program {
+            (self.pid, self.words) = (pid, None);
+        }
+    }
 }
 
 /// A batch job has no terminal, so its environment names none; programs such as vi and top want a name. containerd's.

@@ -94,6 +94,8 @@ enum Source {
     Listener,
     Peer(usize),
     Launch,
+    /// A container in namespaces.
+    Words,
     Output(Output),
     /// A client has input.
     Input(usize),
@@ -184,6 +186,10 @@ impl Supervisor {
                 sources.push(Source::Launch);
                 fds.push(PollFd::new(launch.as_fd(), PollFlags::POLLIN));
             }
+            if let Some(words) = running.words() {
+                sources.push(Source::Words);
+                fds.push(PollFd::new(words.as_fd(), PollFlags::POLLIN));
+            }
             // A terminal that takes no more holds the output up, as a pipe would; a log that hangs does not.
             let full = running.forward && self.peers.iter().any(Peer::is_full);
             for (index, fd) in self.sessions.inputs() {
@@ -263,6 +269,11 @@ impl Supervisor {
                 }
             }
             Source::Launch => self.on_launch(),
+            Source::Words => {
+                if let Some(running) = &mut self.running {
+                    running.hear_words();
+                }
+            }
             Source::Output(output) => self.on_output(output),
             Source::Input(index) => {
                 if let Some(running) = &mut self.running {

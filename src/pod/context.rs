@@ -15,6 +15,7 @@ use super::environment::Facts;
 use super::events::Events;
 use super::expansion::Expand;
 use super::images::Images;
+use super::isolation::Isolation;
 use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
@@ -176,6 +177,8 @@ pub struct Policy {
     pub open_files: Option<u64>,
     /// The longest wait of a crash loop.
     pub back_off_max: Duration,
+    /// Which pods have namespaces of their own.
+    pub isolation: Isolation,
 }
 
 impl Places {

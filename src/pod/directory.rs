@@ -4,6 +4,7 @@
 //! wanted name (a directory of the user's, a live pod of another namespace or another host) is never touched.
 
 mod removal;
+mod store;
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -14,6 +15,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 pub use self::removal::{remove, remove_home_files};
+pub use self::store::{contents, keep_in_store, store};
 use crate::files;
 
 /// The marker's name in a pod's directory.

@@ -153,7 +153,7 @@ fn digest(pod: &Pod, objects: &Objects, root: &Path) {
     }
     // Twice, as for a container that starts again.
     for _ in 0..2 {
-        let target = Target { ground, uid: "u", group: None };
+        let target = Target { ground, contents: &directory, uid: "u", group: None };
         let _ = volumes::write(&target, &contents, &mut plans, &BTreeSet::new());
     }
 }

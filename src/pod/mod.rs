@@ -14,6 +14,7 @@ pub mod handler;
 #[cfg(test)]
 mod hostile_tests;
 pub mod images;
+pub mod isolation;
 pub mod manager;
 pub mod objects;
 pub mod outcome;

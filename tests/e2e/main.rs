@@ -25,6 +25,7 @@ mod health;
 mod hooks;
 mod identity;
 mod images;
+mod isolation;
 mod load;
 mod logs;
 mod metrics;

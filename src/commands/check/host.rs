@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime};
 use super::finding::Finding;
 use super::span;
 use crate::allocation::{Allocation, BatchSystem, Deadline, Environment, TimeLimit, find_qstat};
-use crate::cli::RunArgs;
+use crate::cli::{IsolationArg, RunArgs};
 use crate::commands::run::setup::take_port;
+use crate::container;
 use crate::drain;
 use crate::pod::images::Images;
 
@@ -43,6 +44,22 @@ pub fn port(args: &RunArgs) -> Finding {
         Ok(_) => Finding::ok("port", format!("{} is free", args.port)),
         Err(error) => Finding::fail("port", error.to_string(), ""),
     }
+}
+
+/// Whether pods can have namespaces of their own, where they are to.
+pub async fn isolation(args: &RunArgs) -> Option<Finding> {
+    if args.pods.isolation == IsolationArg::None {
+        return None;
+    }
+    let tried = tokio::task::spawn_blocking(container::isolation::problem).await;
+    Some(match tried.unwrap_or_else(|error| Some(error.to_string())) {
+        None => Finding::ok("isolation", "user, mount and PID namespaces are permitted"),
+        Some(problem) => Finding::warn(
+            "isolation",
+            format!("{problem}: pods run without it"),
+            "ask for a host that permits unprivileged user namespaces, or leave --isolation out",
+        ),
+    })
 }
 
 /// What was granted, and whether it is enough.

@@ -95,8 +95,22 @@ pub fn find(
             }
         }
     }
+    // Files that are stored beside the logs (`--isolation`) go with their pod's directory; where somebody has removed that
+    // alone, they are found by themselves.
+    for path in stored(root, &mut left) {
+        let marker = directory::read_marker(&path);
+        if let Some(marker) = marker.filter(|marker| found.iter().all(|pod| pod.marker.uid != marker.uid)) {
+            found.push(PodDirectory { life: life(&marker), path, marker });
+        }
+    }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok((found, left > 0))
+}
+
+fn stored(root: &Path, left: &mut usize) -> Vec<PathBuf> {
+    let jobs = directories(&root.join(directory::KEPT), left).unwrap_or_default();
+    let stores = jobs.iter().filter_map(|job| directories(&directory::store(job, ""), left).ok());
+    stores.flatten().collect()
 }
 
 /// Whether a directory has a name that we would have given it: one that somebody has renamed or copied is theirs.

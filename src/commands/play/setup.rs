@@ -14,8 +14,8 @@ use crate::allocation::{
 };
 use crate::cli::PodArgs;
 use crate::commands::run::setup::{
-    SetupError, capacity, default_state_dir, instance, place, places, policy, private, spawn_housekeeping,
-    this_process,
+    SetupError, capacity, default_state_dir, instance, isolation, place, places, policy, private,
+    spawn_housekeeping, this_process,
 };
 use crate::container::Supervisors;
 use crate::drain::Leads;
@@ -88,6 +88,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
     let mark = format!("play-{}", instance());
     let state = StateDir(root.join(&mark));
     private("state directory", &state.0)?;
+    let isolation = isolation(args, &places, &state.0).await;
     let mend = "choose another place with --state-dir";
     let fail = |error: &dyn std::fmt::Display| place("state directory", &state.0, error, mend);
     let supervisors =
@@ -146,7 +147,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         // Nobody starts `play` again, so its containers end with it.
         roster: Arc::default(),
         metrics: crate::pilot_metrics::PilotMetrics::new(),
-        policy: Policy { orphan_timeout: Duration::ZERO, ..policy(args, found.batch) },
+        policy: Policy { orphan_timeout: Duration::ZERO, isolation, ..policy(args, found.batch) },
         ports: None,
         output: Some(output_tx),
     });

@@ -5,6 +5,7 @@
 
 mod api;
 mod deadline;
+mod isolation;
 mod join;
 mod node;
 mod places;
@@ -27,6 +28,7 @@ use tokio::sync::watch;
 pub(in crate::commands) use self::api::take_port;
 pub(in crate::commands) use self::deadline::rfc3339;
 use self::deadline::{Followers, follow_deadline, say_what_was_granted};
+pub(in crate::commands) use self::isolation::isolation;
 pub use self::join::{join, leave};
 pub(in crate::commands) use self::join::{policy, spawn_housekeeping};
 pub(in crate::commands) use self::node::{capacity, node_name, site};
@@ -49,6 +51,7 @@ use crate::drain::{self, Leads, TooLittle};
 use crate::guardian::GuardianLink;
 use crate::node::{NodeError, NodeHandle, Timing};
 use crate::pod::context::{Context, Places};
+use crate::pod::isolation::Isolation;
 use crate::pod::manager::{self, Manager};
 use crate::pod::record::Records;
 use crate::tunnel::Tunnels;
@@ -188,6 +191,7 @@ pub struct Begun {
     supervisors: Arc<Supervisors>,
     records: Records,
     recovered: Vec<manager::Recovered>,
+    isolation: Isolation,
 }
 
 impl Begun {
@@ -231,6 +235,7 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
     let listener = take_port(args.port)?;
     let authorities = api::client_authorities(args.client_ca_file.as_deref(), &kube)?;
     let places = places(&args.pods, &env, allocation.job_id.as_ref().map(|j| j.value.as_str()), &name)?;
+    let isolation = isolation(&args.pods, &places, &state_dir).await;
     let mut state = load_state(&state_dir)?;
     link.set_supervisors(&state_dir.join("containers"));
 
@@ -319,5 +324,6 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         supervisors: Arc::new(supervisors),
         records,
         recovered,
+        isolation,
     })
 }

@@ -10,7 +10,8 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use super::{
-    DirectoryError, HOME_FILES, Marker, Occupant, cut, kept_name, look, make_kept, read_marker, suffixed,
+    DirectoryError, HOME_FILES, Marker, Occupant, cut, kept_name, look, make_kept, read_marker, store,
+    suffixed,
 };
 use crate::files;
 use crate::pod::volumes::memory;
@@ -60,7 +61,37 @@ pub fn remove(
         let problem = "it carries another pod's marker or none; left alone";
         return Err(fail(directory, io::Error::other(problem)));
     }
-    Ok(Vec::new())
+    // Somebody may have removed the directory alone.
+    let store = store(kept, uid);
+    let Some(marker) = read_marker(&store).filter(|marker| marker.uid == uid) else { return Ok(Vec::new()) };
+    let mut logs = Vec::new();
+    keep_all_logs(&store, &marker, kept, &mut logs).map_err(|source| fail(&store, source))?;
+    remove_store(&store).map_err(|source| fail(&store, source))?;
+    Ok(logs)
+}
+
+/// Removes a pod's files in the store, and the store with those of the last one.
+fn remove_store(store: &Path) -> io::Result<()> {
+    match remove_tree(store) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(all) = store.parent() {
+        // Goes only when it is empty.
+        let _ = fs::remove_dir(all);
+    }
+    Ok(())
+}
+
+/// As [`keep_logs`], also where directories are closed.
+fn keep_all_logs(from: &Path, marker: &Marker, kept: &Path, logs: &mut Vec<PathBuf>) -> io::Result<()> {
+    match keep_logs(from, marker, kept, logs) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            unlock(from);
+            keep_logs(from, marker, kept, logs)
+        }
+        done => done,
+    }
 }
 
 /// Removes what was renamed; gives it back to its place when something in it would be lost.
@@ -72,16 +103,11 @@ fn finish(
     home: Option<&Path>,
 ) -> Result<Vec<PathBuf>, DirectoryError> {
     let mut logs = Vec::new();
-    let saved = home.map_or(Ok(()), |home| remove_home_files(trash, home)).and_then(|()| {
-        let mut keep = || keep_logs(trash, marker, kept, &mut logs);
-        match keep() {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                unlock(trash);
-                keep()
-            }
-            done => done,
-        }
-    });
+    let store = store(kept, &marker.uid);
+    let saved = home
+        .map_or(Ok(()), |home| remove_home_files(trash, home))
+        .and_then(|()| keep_all_logs(trash, marker, kept, &mut logs))
+        .and_then(|()| keep_all_logs(&store, marker, kept, &mut logs));
     if let Err(error) = saved {
         let path = give_back(trash, place, marker);
         let source = io::Error::new(error.kind(), format!("the directory stays: {error}"));
@@ -90,6 +116,7 @@ fn finish(
     if let Err(error) = memory::remove(&marker.uid) {
         tracing::warn!(uid = marker.uid, %error, "what a pod had in memory could not be removed");
     }
+    remove_store(&store).map_err(|source| DirectoryError { path: store.clone(), source })?;
     remove_tree(trash).map_err(|source| DirectoryError { path: trash.to_owned(), source })?;
     Ok(logs)
 }

@@ -71,6 +71,7 @@ fn case() -> Case {
             hold_end: Duration::ZERO,
             open_files: None,
             back_off_max: crate::pod::backoff::LONGEST,
+            isolation: Default::default(),
         },
         ports: None,
         output: None,

@@ -27,7 +27,7 @@ impl Disk {
     }
 
     fn target(&self) -> Target<'_> {
-        Target { ground: self.ground(), uid: &self.uid, group: None }
+        Target { ground: self.ground(), contents: self.ground().directory, uid: &self.uid, group: None }
     }
 
     /// Writes what the pod's volumes come to; the containers in `running` run.

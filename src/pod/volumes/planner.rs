@@ -13,7 +13,7 @@ use super::{
 /// Mode of the directories that mounts are made in. The pod's own directory above them is 0700.
 const DIR_MODE: u32 = 0o755;
 /// Names in a container's directory that are the pilot's.
-const RESERVED: [&str; 2] = ["logs", "pgid"];
+const RESERVED: [&str; 3] = ["logs", "pgid", "termination-log"];
 
 /// Where a pod is.
 #[derive(Debug, Clone, Copy)]

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, Pod, Volume};
 use super::write::Target;
 use super::{ContainerPlan, Content, Contents, Ground, Place, PlannedView, Root, Script, script, write};
 use crate::pod::context::{Context, on_disk};
+use crate::pod::directory;
 use crate::pod::environment::{References, volume_references};
 use crate::pod::objects::watches::{Key, Kind};
 use crate::pod::objects::{self, Held, Read};
@@ -136,9 +137,11 @@ pub(super) async fn apply(
     let (directory, home) = (directory.to_owned(), context.places.home.clone());
     let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
     let layout = layout.clone();
+    let kept = context.places.kept.clone();
     let written = on_disk(move || {
         let ground = Ground { directory: &directory, home: &home };
-        write::update(&Target { ground, uid: &uid, group }, &contents, &layout)
+        let beneath = directory::contents(&directory, &uid, &kept);
+        write::update(&Target { ground, contents: &beneath, uid: &uid, group }, &contents, &layout)
     });
     match written.await {
         Ok(failed) => {

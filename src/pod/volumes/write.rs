@@ -44,6 +44,8 @@ fn fail(path: &Path) -> impl Fn(io::Error) -> WriteError {
 pub struct Target<'a> {
     /// Where the pod is.
     pub ground: Ground<'a>,
+    /// Where its `containers/` and `volumes/` really are ([`directory::contents`]).
+    pub contents: &'a Path,
     /// Its uid.
     pub uid: &'a str,
     /// The group that its volumes are to have.
@@ -120,8 +122,7 @@ struct Roots<'a> {
 
 impl<'a> Roots<'a> {
     fn open(target: &'a Target<'a>) -> Result<Self, WriteError> {
-        let directory = target.ground.directory;
-        let pod = files::Root::open(directory).map_err(fail(directory))?;
+        let pod = files::Root::open(target.contents).map_err(fail(target.contents))?;
         Ok(Self {
             target,
             pod,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use crate::container::{ContainerSpec, LogLimits, Stdio};
+use crate::container::{ContainerSpec, LogLimits, Stdio, ViewMount};
 use crate::pod::api::ApiError;
 use crate::pod::command_line::argv;
 use crate::pod::containers;
@@ -17,7 +17,9 @@ use crate::pod::environment::{
     Additions, ConfigError, ContainerEnv, EnvFiles, EnvInput, Facts, Missing, Objects, Skipped,
     container_env, missing, references,
 };
+use crate::pod::events::Kind;
 use crate::pod::images;
+use crate::pod::isolation::{self, Choice};
 use crate::pod::objects::{self, Held, Read, ReadError};
 use crate::pod::security;
 use crate::pod::volumes::keeper::Turn;
@@ -49,6 +51,8 @@ pub struct Prepared {
     pub layout: Layout,
     /// What was left out, for an event.
     pub notes: Vec<String>,
+    /// Whether its containers have namespaces of their own.
+    isolated: bool,
 }
 
 impl Prepared {
@@ -285,18 +289,25 @@ async fn fill(
             (name, path)
         })
         .collect();
+    let choice = context.policy.isolation.choose(pod.metadata.annotations.as_ref());
+    if let Choice::Instead(why) = &choice {
+        context.events.record(pod, None, Kind::Warning, isolation::REASON, why);
+    }
     let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
     let at = directory.clone();
+    let kept = context.places.kept.clone();
     let written = blocking(move || {
         let ground = Ground { directory: &at, home: &home };
-        let problems =
-            volumes::write(&volumes::Target { ground, uid: &uid, group }, &contents, &mut plans, &running);
+        let beneath = directory::contents(&at, &uid, &kept);
+        let target = volumes::Target { ground, contents: &beneath, uid: &uid, group };
+        let problems = volumes::write(&target, &contents, &mut plans, &running);
         problems.map(|problems| (problems, plans))
     });
     let (problems, plans) = written.await??;
     let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
     held.note(versions);
-    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes })
+    let isolated = choice == Choice::Isolated;
+    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes, isolated })
 }
 
 /// What the pod is told of Services; enableServiceLinks is true where nothing is said (core/v1 defaults.go).
@@ -345,7 +356,10 @@ async fn claim(context: &Context, pod: &Pod, known: Option<PathBuf>) -> Result<P
         _ => None,
     };
     let home = context.places.home.clone();
-    Ok(blocking(move || claim_at(&parent, &marker, asked.as_deref(), liveness, &home)).await??)
+    // Where files of pods may have to be hidden from others, they lie in the kept directory.
+    let store = context.policy.isolation.stores().then(|| context.places.kept.clone());
+    Ok(blocking(move || claim_at(&parent, &marker, asked.as_deref(), liveness, &home, store.as_deref()))
+        .await??)
 }
 
 fn claim_at(
@@ -354,9 +368,14 @@ fn claim_at(
     asked: Option<&Marker>,
     liveness: Liveness,
     home: &Path,
+    store: Option<&Path>,
 ) -> Result<PathBuf, DirectoryError> {
     let answer = |other: &Marker| if Some(other) == asked { liveness } else { Liveness::Alive };
     let claimed = directory::claim(parent, marker, answer)?;
+    if let Some(kept) = store {
+        directory::keep_in_store(&claimed, marker, kept)
+            .map_err(|source| DirectoryError { path: directory::store(kept, &marker.uid), source })?;
+    }
     // A pod whose pilot died has left its files in the home directory too, where they would be in the way of this one's.
     if let Some(gone) = asked.filter(|_| liveness == Liveness::Gone) {
         let aside = parent.join(directory::suffixed(&gone.name, &gone.uid));
@@ -457,6 +476,14 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
+    let view = prepared.isolated.then(|| {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let mut shown = vec![directory::contents(&prepared.directory, uid, &context.places.kept)];
+        shown.extend(volumes::memory::parents().into_iter().map(|parent| parent.join(uid)));
+        let message_path = container.termination_message_path.as_deref();
+        let mounts = prepared.mounts.get(name).map(Vec::as_slice).unwrap_or_default();
+        context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path)
+    });
     let spec = ContainerSpec {
         argv,
         env: vars,
@@ -474,6 +501,7 @@ pub fn spec(
         forward_output: context.output.is_some(),
         stdio: stdio(container),
         no_new_privs: security::no_new_privs(container),
+        view,
     };
     Ok((spec, env.skipped))
 }
@@ -526,6 +554,18 @@ fn environment(
         services: made.services,
         files: &EnvFiles::read(container, |volume| made.directory.join("volumes").join(volume)),
     })
+}
+
+/// What a container sees at its absolute mountPaths. Its directory has the volumes anyway.
+fn view_mounts(own: &Path, mounts: &[PlannedMount]) -> Vec<ViewMount> {
+    let outside = mounts.iter().filter(|mount| !mount.target.starts_with(own));
+    outside
+        .map(|mount| ViewMount {
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            read_only: mount.read_only,
+        })
+        .collect()
 }
 
 /// What the container's program reads and writes.

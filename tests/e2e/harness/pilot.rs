@@ -243,6 +243,9 @@ impl Pilot {
             variable("JIRIAF_NODETYPE", "cpu"),
             variable("TEST_PILOT", &name),
         ];
+        // All tests hold with isolated containers too: JIRIAF_TEST_ISOLATION=namespaces tests/run --e2e.
+        environment
+            .extend(std::env::var("JIRIAF_TEST_ISOLATION").map(|mode| variable("JIRIAF_ISOLATION", &mode)));
         environment.extend(options.environment.iter().cloned());
         (Self { site, home: directory, job: None, node: String::new(), child: None }, environment)
     }

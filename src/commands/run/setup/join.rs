@@ -22,6 +22,7 @@ use crate::pod::api::{Api, Cluster};
 use crate::pod::context::{Context, Identity, Policy, on_disk};
 use crate::pod::directory;
 use crate::pod::events::Events;
+use crate::pod::isolation::Isolation;
 use crate::pod::manager::{self, Manager};
 use crate::pod::objects::watches;
 use crate::pod::services::Services;
@@ -122,7 +123,11 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
         draining,
         roster: Arc::default(),
         metrics: way.metrics.clone(),
-        policy: Policy { open_files: raise_open_files(), ..policy(&args.pods, begun.allocation.batch) },
+        policy: Policy {
+            open_files: raise_open_files(),
+            isolation: begun.isolation.clone(),
+            ..policy(&args.pods, begun.allocation.batch)
+        },
         ports: tunnel::pod_ports(begun.holds.tunnels.as_ref()),
         output: None,
     })
@@ -171,6 +176,7 @@ pub(in crate::commands) fn policy(pods: &PodArgs, batch: BatchSystem) -> Policy 
         hold_end: if pbs { PBS_HOLD } else { Duration::ZERO },
         open_files: None,
         back_off_max: pods.crash_loop_back_off_max,
+        isolation: Isolation::default(),
     }
 }
 
