@@ -110,7 +110,7 @@ fn apptainer_gets_the_volumes_and_the_environment_and_no_secret_as_an_argument()
     assert_eq!(code, 7, "{out} {err}");
     let given: Vec<&str> =
         out.lines().filter_map(|line| line.split_once("argument: ").map(|(_, it)| it)).collect();
-    let [exec, nv, b1, own, b2, data, tail @ ..] = given.as_slice() else { panic!("{out}") };
+    let [exec, nv, b1, data, b2, own, tail @ ..] = given.as_slice() else { panic!("{out}") };
     assert_eq!([exec, nv, b1, b2], [&"exec", &"--nv", &"--bind", &"--bind"]);
     assert!(own.ends_with(":/etc/own:ro") && data.ends_with(":/data"), "{own} {data}");
     assert_eq!(tail, ["--pwd", "/w", "/images/app-v1.sif", "run", "plain", "z"]);

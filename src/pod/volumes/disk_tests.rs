@@ -289,7 +289,13 @@ fn what_a_pod_has_in_memory_goes_with_its_directory() {
     let pod = one(json!([mount("e", "m")]), json!([{"name": "e", "emptyDir": {"medium": "Memory"}}]));
     let ground = Ground { directory: &claimed, home: disk.home.path() };
     let (contents, mut plans) = all(&pod, &objects(), &ground).unwrap();
-    write(&Target { ground, ..disk.target() }, &contents, &mut plans, &BTreeSet::new()).unwrap();
+    write(
+        &Target { ground, contents: ground.directory, ..disk.target() },
+        &contents,
+        &mut plans,
+        &BTreeSet::new(),
+    )
+    .unwrap();
     let real = plans[0].mounts[0].source.clone();
     fs::write(real.join("x"), "x").unwrap();
     directory::remove(&claimed, &disk.uid, &pods.path().join("kept/job"), None).unwrap();
