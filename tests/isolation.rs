@@ -380,6 +380,31 @@ async fn the_termination_message_is_a_file_of_the_containers_directory() {
 }
 
 #[tokio::test]
+async fn a_container_may_see_the_user_and_the_group_under_other_numbers() {
+    if !permitted() {
+        return;
+    }
+    let bed = Bed::new("ids");
+    let volume = bed.volume("mine", "x", "text\n");
+    for (user, group) in [(4711, 4712), (0, 0), (65534, 1)] {
+        let view = View {
+            mounts: vec![mount(volume.clone(), "/jiriaf/v", false)],
+            ids: Some((user, group)),
+            ..View::default()
+        };
+        let script = "id -u; id -g; stat -c '%u %g' /jiriaf/v/x; echo more >>/jiriaf/v/x; \
+            grep -E '^CapEff' /proc/self/status | tr -d '\\t'; mount -t tmpfs none /mnt 2>/dev/null && echo mounted; :";
+        let wanted = [
+            user.to_string(),
+            group.to_string(),
+            format!("{user} {group}"),
+            "CapEff:0000000000000000".into(),
+        ];
+        assert_eq!(bed.prints(script, view).await, wanted);
+    }
+}
+
+#[tokio::test]
 async fn a_container_sees_its_own_processes_and_has_no_capabilities() {
     if !permitted() {
         return;
@@ -763,6 +788,7 @@ async fn the_cost_of_a_start() {
         hidden: vec![bed.at("state")],
         shown: vec![],
         termination_log: Some("/dev/termination-log".into()),
+        ids: None,
     };
     let cases = [
         ("without", None),

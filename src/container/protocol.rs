@@ -109,6 +109,9 @@ pub struct View {
     pub shown: Vec<PathBuf>,
     /// Where the file `termination-log` of the container's directory appears.
     pub termination_log: Option<PathBuf>,
+    /// The numbers that this process's user and group have in it, where they are not their own.
+    #[serde(default)]
+    pub ids: Option<(u32, u32)>,
 }
 
 /// One mount of a [`View`].

@@ -4,6 +4,7 @@
 //! Pure; admission asks [`check`]. docs/reference.md has the list of all fields.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, PodSpec, SecurityContext};
@@ -19,6 +20,8 @@ pub struct Us {
     pub group: u32,
     /// All groups, that one among them.
     pub groups: BTreeSet<u32>,
+    /// Whether this host has SELinux: elsewhere labels mean nothing, and a kubelet passes them over too.
+    pub selinux: bool,
 }
 
 impl Us {
@@ -33,6 +36,7 @@ impl Us {
                 user: nix::unistd::geteuid().as_raw(),
                 group,
                 groups: others.into_iter().map(nix::unistd::Gid::as_raw).chain([group]).collect(),
+                selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             }
         })
     }
@@ -47,11 +51,12 @@ pub struct Unsupported {
     problem: String,
 }
 
-/// Whether everything that a pod's securityContexts ask for is honoured or harmless.
+/// Whether everything that a pod's securityContexts ask for is honoured or harmless. Containers that are `isolated` see the
+/// pilot's own user and group under whatever numbers they ask for ([`ids`]).
 ///
 /// # Errors
 /// The first field that is neither.
-pub fn check(spec: &PodSpec, us: &Us) -> Result<(), Unsupported> {
+pub fn check(spec: &PodSpec, us: &Us, isolated: bool) -> Result<(), Unsupported> {
     if spec.host_users == Some(false) {
         return refused(
             "spec.hostUsers",
@@ -61,14 +66,14 @@ pub fn check(spec: &PodSpec, us: &Us) -> Result<(), Unsupported> {
     }
     let none = PodSecurityContext::default();
     let pod = spec.security_context.as_ref().unwrap_or(&none);
-    of_pod(pod, us)?;
+    of_pod(pod, us, isolated)?;
     let mut index = std::collections::BTreeMap::new();
     for (kind, container) in containers::all(spec) {
         let number = index.entry(kind.field()).or_insert(0);
         let field = format!("spec.{}[{number}].securityContext", kind.field());
         *number += 1;
         let none = SecurityContext::default();
-        of_container(&field, container.security_context.as_ref().unwrap_or(&none), pod, us)?;
+        of_container(&field, container.security_context.as_ref().unwrap_or(&none), pod, us, isolated)?;
     }
     Ok(())
 }
@@ -85,9 +90,9 @@ const SELINUX: &str = "labels of processes are the host's to give; leave it out"
 const WINDOWS: &str = "this is a Linux node; leave it out";
 const PROFILE: &str = "no profile of the node's is put upon a process; use RuntimeDefault, or leave it out";
 
-fn of_pod(pod: &PodSecurityContext, us: &Us) -> Result<(), Unsupported> {
+fn of_pod(pod: &PodSecurityContext, us: &Us, isolated: bool) -> Result<(), Unsupported> {
     let field = |name: &str| format!("spec.securityContext.{name}");
-    if pod.se_linux_options.as_ref().is_some_and(|options| *options != Default::default()) {
+    if us.selinux && pod.se_linux_options.as_ref().is_some_and(|options| *options != Default::default()) {
         return refused(&field("seLinuxOptions"), "set", SELINUX);
     }
     if pod.windows_options.is_some() {
@@ -100,7 +105,9 @@ fn of_pod(pod: &PodSecurityContext, us: &Us) -> Result<(), Unsupported> {
     let ours = |group: i64| u32::try_from(group).is_ok_and(|group| us.groups.contains(&group));
     let groups = || us.groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let problem = || format!("the pilot is in the groups {}: use one of these, or leave it out", groups());
-    if let Some(group) = pod.fs_group.filter(|group| !ours(*group)) {
+    // One group has one number in a user namespace: the one that is asked for, not two.
+    let numbered = |group: i64| isolated && pod.run_as_group.is_none_or(|other| other == group);
+    if let Some(group) = pod.fs_group.filter(|group| !ours(*group) && !numbered(*group)) {
         return refused(&field("fsGroup"), group, problem());
     }
     if let Some(group) = pod.supplemental_groups.iter().flatten().find(|group| !ours(**group)) {
@@ -122,27 +129,31 @@ fn of_container(
     own: &SecurityContext,
     pod: &PodSecurityContext,
     us: &Us,
+    isolated: bool,
 ) -> Result<(), Unsupported> {
     // What a container says counts before what its pod says (pkg/securitycontext/util.go).
     let place = |own: bool, name: &str| {
         if own { format!("{field}.{name}") } else { format!("spec.securityContext.{name}") }
     };
-    if let Some(user) = own.run_as_user.or(pod.run_as_user).filter(|user| *user != i64::from(us.user)) {
+    let foreign = |id: &i64, ours: u32| !isolated && *id != i64::from(ours);
+    if let Some(user) = own.run_as_user.or(pod.run_as_user).filter(|user| foreign(user, us.user)) {
         let problem = format!(
-            "containers run as the pilot does, user id {}: leave it out, or run the pod on another node",
+            "containers run as the pilot does, user id {}: leave it out, or let the pod be isolated (--isolation), where the \
+             pilot's user has the number that is asked for",
             us.user
         );
         return refused(&place(own.run_as_user.is_some(), "runAsUser"), user, problem);
     }
-    if let Some(group) = own.run_as_group.or(pod.run_as_group).filter(|group| *group != i64::from(us.group)) {
+    if let Some(group) = own.run_as_group.or(pod.run_as_group).filter(|group| foreign(group, us.group)) {
         let problem = format!(
-            "containers run as the pilot does, group id {}: leave it out, or run the pod on another node",
+            "containers run as the pilot does, group id {}: leave it out, or let the pod be isolated (--isolation)",
             us.group
         );
         return refused(&place(own.run_as_group.is_some(), "runAsGroup"), group, problem);
     }
-    if own.run_as_non_root.or(pod.run_as_non_root) == Some(true) && us.user == 0 {
-        let problem = "this pilot runs as root: start it as another user";
+    let user = own.run_as_user.or(pod.run_as_user).unwrap_or(i64::from(us.user));
+    if own.run_as_non_root.or(pod.run_as_non_root) == Some(true) && user == 0 {
+        let problem = "it would run as root: start the pilot as another user, or give a runAsUser";
         return refused(&place(own.run_as_non_root.is_some(), "runAsNonRoot"), true, problem);
     }
     if own.privileged == Some(true) {
@@ -153,7 +164,7 @@ fn of_container(
         let problem = "no capability can be given to a process of an ordinary user; leave it out";
         return refused(&format!("{field}.capabilities.add"), first, problem);
     }
-    if own.se_linux_options.as_ref().is_some_and(|options| *options != Default::default()) {
+    if us.selinux && own.se_linux_options.as_ref().is_some_and(|options| *options != Default::default()) {
         return refused(&format!("{field}.seLinuxOptions"), "set", SELINUX);
     }
     if own.windows_options.is_some() {
@@ -180,11 +191,37 @@ fn profiles(field: &str, seccomp: Option<&str>, app_armor: Option<&str>) -> Resu
     Ok(())
 }
 
-/// The group that a pod wants its volumes to have.
+/// The group that the files of a pod's volumes are to have, where it asks for one: of the pilot's own groups. One that is
+/// none of them has its number in the containers' namespaces alone, and is the pilot's own outside.
 #[must_use]
 pub fn fs_group(pod: &Pod) -> Option<u32> {
-    let context = pod.spec.as_ref()?.security_context.as_ref()?;
-    context.fs_group.and_then(|group| u32::try_from(group).ok())
+    let us = Us::now();
+    let group = pod.spec.as_ref()?.security_context.as_ref()?.fs_group?;
+    let group = u32::try_from(group).ok()?;
+    Some(if us.groups.contains(&group) { group } else { us.group })
+}
+
+/// The numbers of a container's user and group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ids {
+    /// The user's.
+    pub user: u32,
+    /// The group's.
+    pub group: u32,
+}
+
+/// Under which numbers an isolated container sees the pilot's own user and group: `runAsUser`, and `runAsGroup` or a foreign
+/// `fsGroup`; else they keep their own.
+#[must_use]
+pub fn ids(pod: &Pod, container: &Container, us: &Us) -> Ids {
+    let of_pod = pod.spec.as_ref().and_then(|spec| spec.security_context.clone()).unwrap_or_default();
+    let own = container.security_context.clone().unwrap_or_default();
+    let number = |id: Option<i64>| id.and_then(|id| u32::try_from(id).ok());
+    let foreign = number(of_pod.fs_group).filter(|group| !us.groups.contains(group));
+    Ids {
+        user: number(own.run_as_user.or(of_pod.run_as_user)).unwrap_or(us.user),
+        group: number(own.run_as_group.or(of_pod.run_as_group)).or(foreign).unwrap_or(us.group),
+    }
 }
 
 /// The user that all containers of a pod name (pkg/volume/util/util.go, FsUserFrom).
@@ -213,13 +250,44 @@ mod tests {
     use super::*;
 
     fn us() -> Us {
-        Us { user: 1001, group: 100, groups: [100, 2000].into() }
+        Us { user: 1001, group: 100, groups: [100, 2000].into(), selinux: true }
     }
 
     fn spec(pod: Value, container: Value) -> PodSpec {
         let mut spec = json!({"containers": [{"name": "a"}, {"name": "b", "securityContext": container}]});
         spec["securityContext"] = pod;
         from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn an_isolated_container_has_the_numbers_that_it_asks_for() {
+        let pod = |pod: Value, container: Value| -> Pod {
+            let mut all: Pod = from_value(json!({"metadata": {}})).unwrap();
+            all.spec = Some(spec(pod, container));
+            all
+        };
+        let cases = [
+            (json!({}), json!({}), (1001, 100)),
+            (json!({"runAsUser": 5, "runAsGroup": 6}), json!({}), (5, 6)),
+            (json!({"runAsUser": 5}), json!({"runAsUser": 0}), (0, 100)),
+            (json!({"fsGroup": 7}), json!({}), (1001, 7)),
+            (json!({"fsGroup": 2000}), json!({}), (1001, 100)),
+            (json!({"fsGroup": 7, "runAsGroup": 7}), json!({}), (1001, 7)),
+        ];
+        for (of_pod, own, (user, group)) in cases {
+            let pod = pod(of_pod, own);
+            let (_, container) = containers::find(&pod, "b").unwrap();
+            assert_eq!(ids(&pod, &container, &us()), Ids { user, group }, "{pod:?}");
+            assert_eq!(check(pod.spec.as_ref().unwrap(), &us(), true), Ok(()), "{pod:?}");
+        }
+        for (of_pod, own) in [
+            (json!({"fsGroup": 7, "runAsGroup": 8}), json!({})),
+            (json!({"supplementalGroups": [7]}), json!({})),
+            (json!({"runAsNonRoot": true, "runAsUser": 0}), json!({})),
+            (json!({"runAsUser": 5}), json!({"privileged": true})),
+        ] {
+            assert!(check(&spec(of_pod.clone(), own), &us(), true).is_err(), "{of_pod}");
+        }
     }
 
     #[test]
@@ -248,14 +316,21 @@ mod tests {
             (json!({}), json!({"capabilities": {"drop": ["ALL"]}, "procMount": "Default"})),
             (json!({}), json!({"seccompProfile": {"type": "Unconfined"}})),
         ] {
-            assert_eq!(check(&spec(pod.clone(), container.clone()), &us()), Ok(()), "{pod} {container}");
+            assert_eq!(
+                check(&spec(pod.clone(), container.clone()), &us(), false),
+                Ok(()),
+                "{pod} {container}"
+            );
         }
         // Each container says otherwise.
         let overridden = json!({"securityContext": {"runAsUser": 0}, "containers": [
             {"name": "a", "securityContext": {"runAsUser": 1001}}]});
-        assert_eq!(check(&from_value(overridden).unwrap(), &us()), Ok(()));
-        let root = Us { user: 0, group: 0, groups: [0].into() };
-        assert_eq!(check(&spec(json!({"runAsUser": 0}), json!({"runAsNonRoot": false})), &root), Ok(()));
+        assert_eq!(check(&from_value(overridden).unwrap(), &us(), false), Ok(()));
+        let root = Us { user: 0, group: 0, groups: [0].into(), selinux: true };
+        assert_eq!(
+            check(&spec(json!({"runAsUser": 0}), json!({"runAsNonRoot": false})), &root, false),
+            Ok(())
+        );
     }
 
     #[test]
@@ -306,19 +381,20 @@ mod tests {
                 "appArmorProfile.type: Localhost",
             ),
         ] {
-            let error = check(&spec(pod, container), &us()).expect_err(wanted).to_string();
+            let error = check(&spec(pod, container), &us(), false).expect_err(wanted).to_string();
             assert!(
                 error.contains(wanted) && error.contains("is not supported by jiriaf-pilot: "),
                 "{error}"
             );
         }
-        let root = Us { user: 0, group: 0, groups: [0].into() };
-        let error = check(&spec(json!({"runAsNonRoot": true}), json!({})), &root).unwrap_err().to_string();
+        let root = Us { user: 0, group: 0, groups: [0].into(), selinux: true };
+        let error =
+            check(&spec(json!({"runAsNonRoot": true}), json!({})), &root, false).unwrap_err().to_string();
         assert!(error.contains("spec.securityContext.runAsNonRoot: true"), "{error}");
         let users: PodSpec = from_value(json!({"hostUsers": false, "containers": []})).unwrap();
-        assert!(check(&users, &us()).unwrap_err().to_string().contains("spec.hostUsers: false"));
+        assert!(check(&users, &us(), false).unwrap_err().to_string().contains("spec.hostUsers: false"));
         let init = json!({"containers": [], "initContainers": [{"name": "i", "securityContext": {"privileged": true}}]});
-        let error = check(&from_value(init).unwrap(), &us()).unwrap_err().to_string();
+        let error = check(&from_value(init).unwrap(), &us(), false).unwrap_err().to_string();
         assert!(error.starts_with("spec.initContainers[0].securityContext.privileged"), "{error}");
     }
 

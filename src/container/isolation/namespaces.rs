@@ -19,9 +19,11 @@ pub(super) const REFUSED: &str = "does this host permit unprivileged user namesp
      kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)?";
 
 /// Gives this process, which has one thread, user and mount namespaces of its own, and its children a PID namespace. Its
-/// user and group stay what they are. The capability to mount lasts over the next exec, which is init's.
-pub(in super::super) fn separate() -> Result<(), StartError> {
-    let (uid, gid) = (geteuid(), getegid());
+/// user and group stay what they are, or have the numbers `ids`. The capability to mount lasts over the next exec, which is
+/// init's.
+pub(in super::super) fn separate(ids: Option<(u32, u32)>) -> Result<(), StartError> {
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+    let (user, group) = ids.unwrap_or((uid, gid));
     // The files of a process that is not dumpable are root's (proc(5)), and a file that one may not read makes such.
     let _ = nix::sys::prctl::set_dumpable(true);
     let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
@@ -34,9 +36,9 @@ pub(in super::super) fn separate() -> Result<(), StartError> {
         }
         _ => {}
     }
-    for (file, id) in [("uid_map", uid.as_raw()), ("gid_map", gid.as_raw())] {
+    for (file, inside, outside) in [("uid_map", user, uid), ("gid_map", group, gid)] {
         let path = format!("/proc/self/{file}");
-        fs::write(&path, format!("{id} {id} 1"))
+        fs::write(&path, format!("{inside} {outside} 1"))
             .map_err(|error| other(&format!("writing {path}"), &format_args!("{error}; {REFUSED}")))?;
     }
     keep_mounting().map_err(|error| other("keeping the capability to mount", &error))

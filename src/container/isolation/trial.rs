@@ -72,7 +72,7 @@ pub fn try_namespaces() -> ExitCode {
 }
 
 fn attempt() -> Result<ExitCode, StartError> {
-    separate()?;
+    separate(None)?;
     let mounts = vec![ViewMount {
         source: PathBuf::from("/dev"),
         target: PathBuf::from("/.jiriaf-pilot-trial/dev"),

@@ -126,7 +126,7 @@ fn supported(spec: &PodSpec) -> Result<(), Rejection> {
     {
         "spec.containers[].volumeDevices"
     } else {
-        return security::check(spec, security::Us::now())
+        return security::check(spec, security::Us::now(), false)
             .or_else(|unsupported| rejected("UnsupportedPodSpec", unsupported.to_string()));
     };
     rejected(

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use crate::container::{ContainerSpec, LogLimits, Stdio, ViewMount};
+use crate::container::{ContainerSpec, LogLimits, Stdio, View, ViewMount};
 use crate::pod::api::ApiError;
 use crate::pod::command_line::argv;
 use crate::pod::containers;
@@ -21,7 +21,7 @@ use crate::pod::events::Kind;
 use crate::pod::images;
 use crate::pod::isolation::{self, Choice};
 use crate::pod::objects::{self, Held, Read, ReadError};
-use crate::pod::security;
+use crate::pod::security::{self, Ids};
 use crate::pod::volumes::keeper::Turn;
 use crate::pod::volumes::{
     self, ContainerPlan, Ground, ImageError, Layout, PlannedMount, SubPathError, VolumeError, WriteError,
@@ -482,7 +482,12 @@ pub fn spec(
         shown.extend(volumes::memory::parents().into_iter().map(|parent| parent.join(uid)));
         let message_path = container.termination_message_path.as_deref();
         let mounts = prepared.mounts.get(name).map(Vec::as_slice).unwrap_or_default();
-        context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path)
+        let us = security::Us::now();
+        let ids = security::ids(pod, container, us);
+        View {
+            ids: (ids != Ids { user: us.user, group: us.group }).then_some((ids.user, ids.group)),
+            ..context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path)
+        }
     });
     let spec = ContainerSpec {
         argv,
