@@ -237,8 +237,10 @@ async fn the_group_that_pgid_names_counts_once_and_keeps_its_figures() {
 #[tokio::test]
 async fn a_group_of_another_container_stays_with_it() {
     let bed = Bed::new();
-    let mut containers =
-        vec![bed.start("a", "sleep 60; :").await, bed.start("b", "burn 0.4; sleep 60 & touch done; wait").await];
+    let mut containers = vec![
+        bed.start("a", "sleep 60; :").await,
+        bed.start("b", "burn 0.4; sleep 60 & touch done; wait").await,
+    ];
     wait_for(&containers[1].dir.join("done"));
     for container in &mut containers {
         bed.until(container, |usage| usage.processes == 2);
