@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use serde::{Deserialize, Serialize};
 
+use super::containers::{self, Kind};
 use super::directory;
 use crate::files;
 
@@ -67,7 +68,13 @@ impl Outcome {
     /// The outcome that a final status tells; `logs` gives each container's log and its lost lines.
     #[must_use]
     pub fn new(pod: &Pod, status: &PodStatus, reported: bool, logs: impl Fn(&str) -> (PathBuf, u64)) -> Self {
-        let containers = status.container_statuses.iter().flatten().map(|container| {
+        // Init containers that have done their work say nothing of the end; one that has not is why there was no more.
+        let init = status.init_container_statuses.iter().flatten().filter(|status| {
+            let end = status.state.as_ref().and_then(|state| state.terminated.as_ref());
+            let kind = containers::find(pod, &status.name).map(|(kind, _)| kind);
+            kind == Some(Kind::Init) && end.is_some_and(|end| end.exit_code != 0)
+        });
+        let containers = init.chain(status.container_statuses.iter().flatten()).map(|container| {
             let state = container.state.as_ref();
             let ended = state.and_then(|s| s.terminated.as_ref());
             let waiting = state.and_then(|s| s.waiting.as_ref());
@@ -248,6 +255,23 @@ mod tests {
         );
         assert!(lines[2].contains("Error"), "{text}");
         assert_eq!(table(&[]), "");
+    }
+
+    #[test]
+    fn an_init_container_that_failed_is_named_and_one_that_has_done_its_work_is_not() {
+        let pod = serde_json::from_value(serde_json::json!({"metadata": {}, "spec": {
+            "initContainers": [{"name": "done"}, {"name": "failed"}, {"name": "side", "restartPolicy": "Always"}],
+            "containers": [{"name": "main"}]}}));
+        let end = |name: &str, code: i32| {
+            let state = serde_json::json!({"terminated": {"exitCode": code, "reason": "Error"}});
+            serde_json::json!({"name": name, "state": state, "image": "", "imageID": "", "ready": false, "restartCount": 0})
+        };
+        let status = serde_json::from_value(serde_json::json!({"phase": "Failed",
+            "initContainerStatuses": [end("done", 0), end("failed", 6), end("side", 143)],
+            "containerStatuses": [{"name": "main", "state": {"waiting": {"reason": "PodInitializing"}}, "image": "",
+                "imageID": "", "ready": false, "restartCount": 0}]}));
+        let outcome = Outcome::new(&pod.unwrap(), &status.unwrap(), true, |name| (PathBuf::from(name), 0));
+        assert_eq!(outcome.summary(), "Failed; failed exit 6; main PodInitializing");
     }
 
     #[test]

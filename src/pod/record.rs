@@ -78,6 +78,15 @@ impl Default for ContainerRecord {
     }
 }
 
+impl ContainerRecord {
+    /// Whether any run of it has begun.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        let waits = matches!(self.state, State::Waiting { .. });
+        self.launched || !waits || self.restart > 0 || self.last.is_some()
+    }
+}
+
 impl Record {
     /// A pod that is being admitted.
     #[must_use]

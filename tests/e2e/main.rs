@@ -11,6 +11,7 @@ mod bad_input;
 mod certificates;
 mod check;
 mod containers;
+mod containers_again;
 mod cordon;
 mod crash;
 mod crash_random;

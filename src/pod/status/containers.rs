@@ -37,6 +37,32 @@ impl Statuses {
         let running = |status: &ContainerStatus| status.state.as_ref().is_some_and(|s| s.running.is_some());
         self.init.iter().chain(&self.main).chain(&self.ephemeral).any(running)
     }
+
+    /// A pod that is over has no containers of which nobody knows what became: but what never came to its turn stays waiting
+    /// (kubelet's `TerminatePod`, `hasPodInitialized`, `initializedContainers`). Nothing changes while one of them runs.
+    pub(super) fn close(&mut self) {
+        if self.someone_runs() {
+            return;
+        }
+        let ended = |status: &ContainerStatus| {
+            let end = |state: &Option<ContainerState>| state.as_ref().and_then(|s| s.terminated.clone());
+            end(&status.state).or_else(|| end(&status.last_state)).map(|end| end.exit_code)
+        };
+        let began = |status: &ContainerStatus| ended(status).is_some() || status.restart_count > 0;
+        // Where nothing stood before them, or nothing does any more, main containers had their turn.
+        let main_began = self.main.iter().any(began);
+        if main_began || self.init.last().is_none_or(|last| last.ready && ended(last) == Some(0)) {
+            self.main.iter_mut().for_each(close);
+        }
+        let reached = if main_began {
+            self.init.len()
+        } else {
+            // The first one had its turn in any case.
+            self.init.iter().rposition(began).map_or(1, |at| at + 1)
+        };
+        self.init.iter_mut().take(reached).for_each(close);
+        self.ephemeral.iter_mut().for_each(close);
+    }
 }
 
 /// One status for each container of the spec.
@@ -55,31 +81,12 @@ pub(super) fn statuses(input: &StatusInput<'_>) -> Statuses {
         }
     }
     let ends = input.ending.is_some_and(|ending| !matches!(ending, Ending::Rejected { .. }));
-    if ends && !all.someone_runs() {
-        close_all(&mut all);
+    if ends {
+        all.close();
     }
     all.main.sort_by(|a, b| a.name.cmp(&b.name));
     all.ephemeral.sort_by(|a, b| a.name.cmp(&b.name));
     all
-}
-
-/// A pod that is over has no containers of which nobody knows what became: but what never came to its turn stays waiting
-/// (kubelet's `TerminatePod`, `hasPodInitialized`, `initializedContainers`).
-fn close_all(all: &mut Statuses) {
-    let began = |status: &ContainerStatus| {
-        let terminated =
-            |state: &Option<ContainerState>| state.as_ref().is_some_and(|s| s.terminated.is_some());
-        terminated(&status.state) || terminated(&status.last_state) || status.restart_count > 0
-    };
-    let main_began = all.main.iter().any(began);
-    // Where nothing stood before them, main containers had their turn.
-    if all.init.is_empty() || main_began {
-        all.main.iter_mut().for_each(close);
-    }
-    let reached =
-        if main_began { all.init.len() } else { all.init.iter().rposition(began).map_or(0, |at| at + 1) };
-    all.init.iter_mut().take(reached).for_each(close);
-    all.ephemeral.iter_mut().for_each(close);
 }
 
 fn one(

@@ -181,10 +181,43 @@ fn a_pod_that_is_ended_early_says_of_what_never_had_its_turn_that_it_waits() {
         (["143", "-", "-"], ["Error", "PodInitializing", "PodInitializing"]),
         (["0", "(1)", "-"], ["Completed", "Error", "PodInitializing"]),
         (["0", "-", "143"], ["Completed", "ContainerStatusUnknown", "Error"]),
-        (["-", "-", "-"], ["PodInitializing", "PodInitializing", "PodInitializing"]),
+        // The first one had its turn (initializedContainers).
+        (["-", "-", "-"], ["ContainerStatusUnknown", "PodInitializing", "PodInitializing"]),
     ] {
         let got = ended(words);
         assert_eq!(reasons(&got), wanted, "{words:?}");
         assert_eq!(got.phase.as_deref(), Some("Failed"), "{words:?}");
     }
+}
+
+#[test]
+fn a_sidecar_that_waited_to_run_again_is_over_with_its_pod() {
+    let got = of("Never", ["0", "(1)", "0"], &PodStatus::default(), None);
+    assert_eq!(got.phase.as_deref(), Some("Succeeded"));
+    let side = &got.init_container_statuses.as_ref().unwrap()[1];
+    let end = side.state.as_ref().and_then(|state| state.terminated.as_ref());
+    assert_eq!(end.map(|end| end.exit_code), Some(1), "{side:?}");
+    // It stays so when all that is known is told again, as after a crash of the pilot.
+    let again = of("Never", ["0", "(1)", "0"], &got, None);
+    assert_eq!(again, got);
+}
+
+#[test]
+fn a_main_container_that_could_not_start_had_its_turn_where_all_before_it_was_done() {
+    let mut pod = pod("Always");
+    pod.spec.as_mut().unwrap().init_containers.as_mut().unwrap().pop();
+    let containers = [runtime("i", "0"), runtime("m", "-")];
+    let got = status(&StatusInput {
+        pod: &pod,
+        previous: &PodStatus::default(),
+        containers: &containers,
+        pod_ip: None,
+        host_ip: None,
+        start_time: Timestamp::UNIX_EPOCH,
+        directory_ready: true,
+        ending: Some(&Ending::Deleted),
+        now: Timestamp::UNIX_EPOCH,
+    });
+    let state = got.container_statuses.unwrap()[0].state.clone().unwrap();
+    assert_eq!(state.terminated.unwrap().reason.as_deref(), Some("ContainerStatusUnknown"));
 }

@@ -157,14 +157,17 @@ pub fn container_id(pod_uid: &str, container: &str, restart_count: u32) -> Strin
 #[must_use]
 pub fn status(input: &StatusInput<'_>) -> PodStatus {
     let api = input.pod.status.clone().unwrap_or_default();
-    let statuses = containers::statuses(input);
+    let mut statuses = containers::statuses(input);
     let outcome = phase::outcome(input, &statuses);
+    // Nothing of a pod that was rejected ever was; of one that is long over nothing may be known any more.
+    let rejected = matches!(input.ending, Some(Ending::Rejected { .. }));
+    if outcome.phase.is_terminal() && !rejected {
+        statuses.close();
+    }
 
     // What is not the node's: kept from the API server's latest.
     let mut new = api;
     new.conditions = Some(conditions::conditions(input, &statuses, &outcome));
-    // Nothing of a pod that was rejected ever was; of one that is long over nothing may be known any more.
-    let rejected = matches!(input.ending, Some(Ending::Rejected { .. }));
     if outcome.was_final && input.containers.is_empty() {
         let before = input.previous;
         new.container_statuses = before.container_statuses.clone().or(new.container_statuses);

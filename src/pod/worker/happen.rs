@@ -42,6 +42,10 @@ impl Worker {
         self.keeper.update(&self.record.pod);
         if self.record.pod.metadata.deletion_timestamp.is_some() {
             self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
+            // After a crash of the pilot, what has ended meanwhile must not start again before the API server has said so.
+            if old.metadata.deletion_timestamp.is_none() && !self.all_still() {
+                self.save();
+            }
         }
         if self.stop.is_some() {
             return;
@@ -55,6 +59,7 @@ impl Worker {
         self.containers.extend(added);
         self.enter_records();
         if images(&old) != images(&self.record.pod) {
+            self.containers.iter_mut().for_each(|container| container.stuck = false);
             self.restart_changed(&old);
             // What waits may be mended by it.
             if self.has_waiting() {
@@ -71,11 +76,18 @@ impl Worker {
         for index in 0..self.containers.len() {
             let name = self.containers[index].name.clone();
             let kind = self.containers[index].kind;
-            if before.get(&name) == now.get(&name) || !matches!(kind, Kind::Main | Kind::Sidecar) {
+            if before.get(&name) == now.get(&name) {
                 continue;
             }
-            // The failures of another program do not count.
-            self.containers[index].back_off = BackOff::new(self.context.policy.back_off_max);
+            // The failures of another program do not count, nor does a wait for them: a kubelet's back-off goes by the
+            // container's definition too (kuberuntime/helpers.go, GetBackoffKey).
+            let container = &mut self.containers[index];
+            container.back_off = BackOff::new(self.context.policy.back_off_max);
+            container.restart_at = container.restart_at.map(|_| Instant::now());
+            // An init container that runs goes on as it is (computeInitContainerActions).
+            if kind == Kind::Init {
+                continue;
+            }
             let what = if kind == Kind::Sidecar { "Init container" } else { "Container" };
             let message = format!("{what} {name} definition changed");
             self.kill(index, &message, own_grace(&self.record.pod), true);

@@ -125,6 +125,8 @@ struct Container {
     /// A supervisor that was started while the pod was being prepared.
     supervisor: Option<Supervisor>,
     restart_at: Option<Instant>,
+    /// It cannot start as the pod is: nothing but a change of the pod mends that.
+    stuck: bool,
     back_off: BackOff,
     probes: Probes,
 }
@@ -138,6 +140,7 @@ impl Container {
             handle: None,
             supervisor: None,
             restart_at: None,
+            stuck: false,
             back_off: BackOff::new(context.policy.back_off_max),
             probes: Probes::none(),
         }

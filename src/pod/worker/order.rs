@@ -26,15 +26,15 @@ pub enum Standing {
 /// The containers of a pod in their order ([`crate::pod::containers::all`]).
 pub type Line = Vec<(Kind, Standing)>;
 
-/// Which of those that are due may start now. `initialized`: a main container has run already, so nothing waits for init
-/// containers any more, and none of them runs again but sidecars.
-pub fn startable(line: &Line, initialized: bool) -> Vec<usize> {
+/// Which of those that are due may start now. Of the containers before `passed` nobody waits for any, since one that came
+/// after them has begun already: none of them runs again but sidecars.
+pub fn startable(line: &Line, passed: usize) -> Vec<usize> {
     let (mut may, mut open) = (Vec::new(), true);
     for (index, (kind, standing)) in line.iter().enumerate() {
         let due = *standing == Standing::Due;
         match kind {
-            Kind::Init if initialized => {}
-            Kind::Sidecar if initialized => may.extend(due.then_some(index)),
+            Kind::Init if index < passed => {}
+            Kind::Sidecar if index < passed => may.extend(due.then_some(index)),
             Kind::Init => {
                 may.extend((due && open).then_some(index));
                 open &= *standing == Standing::Over { succeeded: true };
@@ -90,26 +90,31 @@ mod tests {
 
     #[test]
     fn containers_start_one_after_another_until_all_is_initialized() {
-        let cases: [([Standing; 6], bool, &[usize]); 13] = [
-            ([Due, Due, Due, Due, Due, DONE], false, &[0]),
-            ([STARTED, Due, Due, Due, Due, DONE], false, &[]),
-            ([BackOff, Due, Due, Due, Due, DONE], false, &[]),
-            ([FAILED, Due, Due, Due, Due, DONE], false, &[]),
-            ([DONE, Due, Due, Due, Due, DONE], false, &[1]),
-            ([DONE, STARTING, Due, Due, Due, DONE], false, &[]),
-            ([DONE, STARTED, Due, Due, Due, DONE], false, &[2]),
-            ([DONE, STARTED, DONE, Due, Due, DONE], false, &[3, 4]),
+        let cases: [([Standing; 6], usize, &[usize]); 17] = [
+            ([Due, Due, Due, Due, Due, DONE], 0, &[0]),
+            ([STARTED, Due, Due, Due, Due, DONE], 0, &[]),
+            ([BackOff, Due, Due, Due, Due, DONE], 0, &[]),
+            ([FAILED, Due, Due, Due, Due, DONE], 0, &[]),
+            ([DONE, Due, Due, Due, Due, DONE], 0, &[1]),
+            ([DONE, STARTING, Due, Due, Due, DONE], 0, &[]),
+            ([DONE, STARTED, Due, Due, Due, DONE], 0, &[2]),
+            ([DONE, STARTED, DONE, Due, Due, DONE], 0, &[3, 4]),
             // A sidecar that failed before all was initialized is waited for again.
-            ([DONE, BackOff, Due, Due, Due, DONE], false, &[]),
+            ([DONE, BackOff, Due, Due, Due, DONE], 0, &[]),
             // Afterwards each goes by itself, and init containers never run again.
-            ([DONE, BackOff, DONE, Due, STARTED, DONE], true, &[3]),
-            ([DONE, Due, DONE, STARTED, Due, DONE], true, &[1, 4]),
-            ([Due, Due, Due, STARTED, STARTED, DONE], true, &[1]),
+            ([DONE, BackOff, DONE, Due, STARTED, DONE], 3, &[3]),
+            ([DONE, Due, DONE, STARTED, Due, DONE], 3, &[1, 4]),
+            ([Due, Due, Due, STARTED, STARTED, DONE], 3, &[1]),
             // Whoever debugs waits for nobody.
-            ([FAILED, Due, Due, Due, Due, Due], false, &[5]),
+            ([FAILED, Due, Due, Due, Due, Due], 0, &[5]),
+            // What has begun after a sidecar does not wait for it again.
+            ([DONE, BackOff, Due, Due, Due, DONE], 2, &[2]),
+            ([DONE, Due, BackOff, Due, Due, DONE], 2, &[1]),
+            ([DONE, BackOff, DONE, Due, Due, DONE], 2, &[3, 4]),
+            ([DONE, BackOff, FAILED, Due, Due, DONE], 2, &[]),
         ];
-        for (standings, initialized, wanted) in cases {
-            assert_eq!(startable(&line(standings), initialized), wanted, "{standings:?}");
+        for (standings, passed, wanted) in cases {
+            assert_eq!(startable(&line(standings), passed), wanted, "{standings:?}");
         }
     }
 

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 use tokio::time::Instant;
 
+use super::start::ended_before;
 use super::{Container, DELETE_RETRY, Note, Worker};
 use crate::pod::containers;
 use crate::pod::context::on_disk;
@@ -23,9 +24,8 @@ impl Worker {
             .map(|container| {
                 let record = self.record.containers.get(&container.name).cloned().unwrap_or_default();
                 // A run that is due has its number and has not begun: what Kubernetes counts are starts.
-                let due = self.stop.is_none()
-                    && container.restart_at.is_none()
-                    && matches!(record.state, State::Waiting { .. });
+                let due = matches!(record.state, State::Waiting { .. })
+                    && ended_before(&record, self.record.uid(), &container.name).is_none();
                 ContainerRuntime {
                     name: container.name.clone(),
                     state: record.state,

@@ -9,10 +9,11 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::prepare::{self, Attempt, Prepared};
+use super::run::Order;
 use super::state::{is_over, unknown_end, waiting};
 use super::stop::Why;
 use super::termination::LastWord;
-use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Worker, deletion_grace};
+use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Worker, deletion_grace, own_grace};
 use super::{order, run};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
@@ -65,6 +66,15 @@ impl Worker {
                 _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
             }
         }
+        // The order to end may have died with the pilot, while it waited for a preStop hook.
+        for container in &self.containers {
+            if let Some(orders) = container.run.as_ref()
+                && self.record.containers.get(&container.name).is_some_and(|record| record.again)
+            {
+                let _ =
+                    orders.try_send(Order::Terminate { grace: own_grace(&self.record.pod), waits: false });
+            }
+        }
         let uid = self.record.uid().to_owned();
         for index in 0..self.containers.len() {
             let container = &self.containers[index];
@@ -85,7 +95,7 @@ impl Worker {
             } else if let Some(ended) = ended_before(record, &uid, &container.name) {
                 // It waited to run again; that wait counts the run, and begins the next one.
                 if self.record.last_status.is_none() {
-                    let left = left_of_wait(ended, Timestamp::now());
+                    let left = left_of_wait(ended, Timestamp::now(), self.context.policy.back_off_max);
                     self.containers[index].restart_at = Some(Instant::now() + left);
                 }
             }
@@ -117,7 +127,9 @@ impl Worker {
 
     /// Whose turn it is to start.
     fn startable(&self) -> Vec<usize> {
-        order::startable(&self.line(), self.is_initialized())
+        let mut turns = order::startable(&self.line(), self.passed());
+        turns.retain(|index| !self.containers[*index].stuck);
+        turns
     }
 
     /// Starts the reading of the pod's objects, its directory and volumes.
@@ -230,6 +242,8 @@ impl Worker {
                 if error.may_pass() {
                     self.prepare_at = Some(Instant::now() + self.prepare_delay);
                     self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
+                } else {
+                    self.containers[index].stuck = true;
                 }
                 return;
             }
@@ -311,16 +325,16 @@ fn began(directory: Option<&Path>, container: &str, restart: u32) -> bool {
 }
 
 /// When the run that a waiting record names has ended already: its next one waits and has no number yet.
-fn ended_before(record: &ContainerRecord, uid: &str, name: &str) -> Option<Timestamp> {
+pub(super) fn ended_before(record: &ContainerRecord, uid: &str, name: &str) -> Option<Timestamp> {
     let last = record.last.as_ref().filter(|_| matches!(record.state, State::Waiting { .. }))?;
     (last.id == container_id(uid, name, record.restart)).then_some(last.finished_at)
 }
 
 /// What is left of the back-off of a run that ended at `ended`. How long it was is not recorded: as a kubelet that starts
 /// again, the pilot counts from the shortest.
-fn left_of_wait(ended: Timestamp, now: Timestamp) -> Duration {
+fn left_of_wait(ended: Timestamp, now: Timestamp, longest: Duration) -> Duration {
     let over = Duration::try_from(now.duration_since(ended)).unwrap_or_default();
-    backoff::FIRST.saturating_sub(over)
+    backoff::FIRST.min(longest).saturating_sub(over)
 }
 
 #[cfg(test)]
@@ -361,10 +375,12 @@ mod tests {
     #[test]
     fn the_rest_of_a_wait_is_never_more_than_the_wait() {
         let ended = at("2026-01-01T00:00:10Z");
-        let left = |now: &str| left_of_wait(ended, at(now)).as_secs();
+        let left = |now: &str| left_of_wait(ended, at(now), backoff::LONGEST).as_secs();
         assert_eq!(left("2026-01-01T00:00:13Z"), 7);
         assert_eq!(left("2026-01-01T01:00:00Z"), 0);
         // The clock went back.
         assert_eq!(left("2026-01-01T00:00:00Z"), backoff::FIRST.as_secs());
+        // Where no wait is longer than two seconds.
+        assert_eq!(left_of_wait(ended, ended, Duration::from_secs(2)).as_secs(), 2);
     }
 }

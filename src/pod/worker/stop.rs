@@ -141,15 +141,18 @@ impl Worker {
         self.containers.iter().map(|container| (container.kind, standing(container))).collect()
     }
 
-    /// Whether a main container has run, so that no init container runs any more.
-    pub(super) fn is_initialized(&self) -> bool {
-        self.containers.iter().filter(|container| container.kind == Kind::Main).any(|container| {
+    /// How many of the containers are passed: before the last one that has begun, nobody waits for any of them
+    /// (computeInitContainerActions goes from the last to the first).
+    pub(super) fn passed(&self) -> usize {
+        let begun = |container: &super::Container| {
             let record = self.record.containers.get(&container.name);
-            container.run.is_some()
-                || record.is_some_and(|record| {
-                    record.restart > 0 || record.launched || !matches!(record.state, State::Waiting { .. })
-                })
-        })
+            container.kind != Kind::Ephemeral
+                && (container.run.is_some() || record.is_some_and(|record| record.has_begun()))
+        };
+        let main = self.containers.iter().position(|container| container.kind == Kind::Main);
+        let last = self.containers.iter().rposition(begun).unwrap_or(0);
+        // Main containers do not wait for each other.
+        main.map_or(last, |main| last.min(main))
     }
 
     /// Where the pod's work is over, ends what goes beside it.
