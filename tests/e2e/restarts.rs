@@ -94,4 +94,13 @@ fn an_image_that_names_no_volume_mount_waits_and_says_what_would_be_accepted() {
         (waiting["reason"] == "ErrImageNeverPull").then_some(waiting)
     });
     assert!(waiting["message"].as_str().unwrap_or_default().contains("volumeMount"), "{waiting:#}");
+    // It waits without asking for anything: the time that passes is what is looked at.
+    let [process] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    let ticks = || -> u64 {
+        let stat = read(format!("/proc/{process}/stat").as_ref());
+        stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2).map(|n| n.parse::<u64>().unwrap()).sum()
+    };
+    let before = ticks();
+    std::thread::sleep(seconds(2));
+    assert!(ticks() - before < 20, "a fifth of a second in two: {}", pilot.output());
 }

@@ -59,6 +59,7 @@ impl Worker {
         self.containers.extend(added);
         self.enter_records();
         if images(&old) != images(&self.record.pod) {
+            self.stuck = false;
             self.containers.iter_mut().for_each(|container| container.stuck = false);
             self.restart_changed(&old);
             // What waits may be mended by it.
@@ -331,6 +332,8 @@ impl Worker {
         }
         if self.prepare_at.is_some_and(|at| at <= now) && self.preparing.is_none() {
             self.prepare();
+            // What is missing may be missing for hours: no process waits for it.
+            self.eager = false;
         }
         let due: Vec<usize> = (0..self.containers.len())
             .filter(|i| self.containers[*i].restart_at.is_some_and(|at| at <= now))

@@ -166,6 +166,8 @@ struct Worker {
     /// A preparation has just begun: supervisors may be started meanwhile.
     eager: bool,
     prepare_at: Option<Instant>,
+    /// The pod cannot be prepared as it is now.
+    stuck: bool,
     prepare_delay: Duration,
     announce_at: Option<Instant>,
     delete_at: Option<Instant>,
@@ -208,6 +210,7 @@ impl Worker {
             preparing: None,
             eager: false,
             prepare_at: None,
+            stuck: false,
             prepare_delay: PREPARE_FIRST,
             announce_at: None,
             delete_at: None,

@@ -120,7 +120,7 @@ impl Worker {
     /// Prepares the starts of those containers whose turn it is.
     pub(super) fn advance(&mut self) {
         let idle = self.stop.is_none() && self.record.last_status.is_none() && self.preparing.is_none();
-        if idle && self.prepare_at.is_none() && !self.startable().is_empty() {
+        if idle && !self.stuck && self.prepare_at.is_none() && !self.startable().is_empty() {
             self.prepare();
         }
     }
@@ -196,7 +196,9 @@ impl Worker {
                     }
                 }
                 if self.prepare_at.is_none() {
-                    self.complaint = None;
+                    if self.containers.iter().all(|container| !container.stuck) {
+                        self.complaint = None;
+                    }
                     self.prepare_delay = PREPARE_FIRST;
                     self.advance();
                 }
@@ -219,6 +221,7 @@ impl Worker {
                 }
                 self.announce_at = None;
                 // What no object can mend is told once; all of them would be read again every few seconds for ever.
+                self.stuck = !error.may_pass();
                 if error.may_pass() {
                     self.prepare_at = Some(Instant::now() + self.prepare_delay);
                     self.prepare_delay = (self.prepare_delay * 2).min(PREPARE_MOST);
