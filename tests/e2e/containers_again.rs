@@ -178,7 +178,9 @@ fn a_deleted_pod_does_not_start_again_after_a_crash_of_the_pilot_while_the_api_s
     proxy.cut();
     crash(&pilot);
     std::fs::write(&gate, "").unwrap();
-    wait_until("nothing of it runs", seconds(20), || pilot.stages("supervise").is_empty());
+    wait_until("its script has ended", seconds(20), || {
+        !pilot.processes().iter().any(|(_, line)| line.starts_with("bash"))
+    });
     proxy.restore();
     namespace.wait_gone("p", seconds(60));
     assert_eq!(lines(&runs), 1, "it was started again: {}", pilot.output());

@@ -63,7 +63,9 @@ impl Worker {
             self.containers.iter_mut().for_each(|container| container.stuck = false);
             self.restart_changed(&old);
             // What waits may be mended by it.
-            if self.has_waiting() {
+            if self.preparing.is_some() {
+                self.outdated = true;
+            } else if self.has_waiting() {
                 self.prepare();
             }
         }
@@ -168,9 +170,9 @@ impl Worker {
         if !goes_on {
             record.started = container.startup_probe.is_none();
             record.ready = container.readiness_probe.is_none();
+            record.again = false;
         }
         let (started, ready, restart) = (record.started, record.ready, record.restart);
-        record.again = false;
         if let Some(run) = self.containers[index].handle.clone() {
             let subject = Subject {
                 events: self.context.events.clone(),

@@ -163,6 +163,8 @@ struct Worker {
     keeper: Keeper,
     stop: Option<Stop>,
     preparing: Option<Preparing>,
+    /// The pod has changed since that began.
+    outdated: bool,
     /// A preparation has just begun: supervisors may be started meanwhile.
     eager: bool,
     prepare_at: Option<Instant>,
@@ -208,6 +210,7 @@ impl Worker {
             keeper: Keeper::default(),
             stop: None,
             preparing: None,
+            outdated: false,
             eager: false,
             prepare_at: None,
             stuck: false,

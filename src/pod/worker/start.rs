@@ -173,8 +173,13 @@ impl Worker {
         self.preparing = None;
         // Known also when something else is missing, so that it goes with the pod.
         self.record.directory = attempt.directory.or(self.record.directory.take());
+        let outdated = std::mem::take(&mut self.outdated);
         if self.stop.is_some() {
             return;
+        }
+        if outdated {
+            // It has found the scripts of other images.
+            return self.prepare();
         }
         match attempt.result {
             Ok(mut prepared) => {
