@@ -1,7 +1,8 @@
 //! A container's log: CRI's format, rotated, written by a thread of its own so that a file system that is full or hangs
 //! never holds the container up. What cannot be written is dropped and counted.
 //!
-//! Format: `<RFC 3339 with nanoseconds, UTC> stdout|stderr F|P <text>`; P marks a part of a line longer than 16 KiB
+//! Format: `<RFC 3339 with nanoseconds, UTC> stdout|stderr F|P <text>`; P marks a part of a line: one that is longer than
+//! 16 KiB, or what has no line end at the output's end
 //! (kubelet's design-proposals/node/kubelet-cri-logging.md; containerd's default of max_container_log_line_size).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -156,7 +157,8 @@ impl Log {
         let partial = std::mem::take(&mut self.partial[output as usize]);
         if !partial.is_empty() {
             let mut entries = Vec::new();
-            entry(&mut entries, &now(), output, 'F', &partial);
+            // As a container runtime marks it: whoever reads the log adds no line end that the container never wrote.
+            entry(&mut entries, &now(), output, 'P', &partial);
             line(&partial);
             self.push(&entries, 1);
         }
@@ -408,7 +410,7 @@ mod tests {
         log.take(Output::Stdout, b"o\nrest", |l| seen.push(l.to_vec()));
         log.close(Output::Stdout, |l| seen.push(l.to_vec()));
         assert_eq!(log.finish(HUNG), LogResult::default());
-        assert_eq!(texts(&path), ["stdout F one", "stderr F err", "stdout F two", "stdout F rest"]);
+        assert_eq!(texts(&path), ["stdout F one", "stderr F err", "stdout F two", "stdout P rest"]);
         assert_eq!(seen, [&b"one"[..], b"err", b"two", b"rest"]);
         let first = fs::read_to_string(&path).unwrap();
         let stamp = first.split(' ').next().unwrap();

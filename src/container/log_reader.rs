@@ -165,12 +165,18 @@ impl LogReader {
     pub fn at_tail(path: PathBuf, tail: u64) -> io::Result<(Self, u64)> {
         let mut reader = Self::new(path);
         let (mut wanted, mut skip) = (tail, 0);
-        for (_, inode) in reader.inodes()? {
+        for (number, inode) in reader.inodes()? {
             let Some(mut file) = reader.open_inode(inode)? else { break };
-            let mut lines = 0;
+            let (mut lines, mut open) = (0, false);
             while let Some(length) = file.read(&mut reader.buffer)? {
-                lines += count_lines(&reader.buffer[..length]);
+                let entries = &reader.buffer[..length];
+                lines += count_lines(entries);
+                let last =
+                    entries.strip_suffix(b"\n").unwrap_or(entries).rsplit(|byte| *byte == b'\n').next();
+                open = last.and_then(parse).is_some_and(|entry| !entry.whole);
             }
+            // What stands at the end without a line end is a line too.
+            lines += u64::from(open && number == 0);
             file.offset = 0;
             reader.current = Some(file);
             skip = lines.saturating_sub(wanted);
@@ -422,6 +428,25 @@ mod tests {
         assert_eq!(tail(2), "line 748\nline 749\n");
         assert_eq!(tail(200), (550..750).map(|n| format!("line {n}\n")).collect::<String>());
         assert_eq!((tail(0), tail(9999)), (String::new(), wanted));
+    }
+
+    #[test]
+    fn a_last_line_without_an_end_is_shown_as_it_was_written_and_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let mut log = Log::new(path.clone(), LogLimits::default());
+        log.take(Output::Stdout, b"one\ntwo\nrest", |_| {});
+        log.close(Output::Stdout, |_| {});
+        let _ = log.finish(Duration::from_secs(10));
+        for (tail, wanted) in [(1, "rest"), (2, "two\nrest"), (9, "one\ntwo\nrest")] {
+            let (mut reader, skip) = LogReader::at_tail(path.clone(), tail).unwrap();
+            let mut shown = Vec::new();
+            let mut formatter = Formatter::new(&LogOptions::default(), skip);
+            while let Some(bytes) = reader.read().unwrap() {
+                formatter.take(bytes, &mut shown);
+            }
+            assert_eq!(String::from_utf8(shown).unwrap(), wanted, "--tail={tail}");
+        }
     }
 
     #[test]
