@@ -4,6 +4,7 @@
 //! order: resources, affinity, node name, host ports, taints), `component-helpers` nodeaffinity.
 
 mod affinity;
+mod isolation;
 mod load;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 pub use load::Load;
 
 use super::containers;
+use super::isolation::Isolation;
 use super::quantity::{self, Amount};
 use super::security;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
@@ -35,6 +37,8 @@ pub struct NodeFacts {
     pub namespaces: Option<BTreeSet<String>>,
     /// Whether it takes none any more because the allocation ends.
     pub shutting_down: bool,
+    /// Which pods have namespaces of their own.
+    pub isolation: Isolation,
 }
 
 /// Why a pod is rejected. The status puts `Pod was rejected: ` before the message.
@@ -68,6 +72,7 @@ pub fn admit(pod: &Pod, node: &NodeFacts, running: &Load) -> Result<(), Rejectio
     }
     namespace(pod, node)?;
     supported(spec)?;
+    isolation::check(pod, spec, &node.isolation)?;
     resources(spec, node, running)?;
     if !affinity::matches(spec, node) {
         return predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector");
