@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use jiriaf_pilot::container::{
     ContainerId, ContainerSpec, End, Event, ExecStdio, LogLimits, MARK, Session, StartError, Stdio,
-    Supervisor, Supervisors, View, ViewMount, process, terminal,
+    Supervisor, Supervisors, View, ViewFile, ViewMount, process, terminal,
 };
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, geteuid};
@@ -142,6 +142,17 @@ impl Bed {
 
 fn mount(source: PathBuf, target: impl Into<PathBuf>, read_only: bool) -> ViewMount {
     ViewMount { source, target: target.into(), read_only }
+}
+
+/// /etc/hosts, with the host's own lines in the middle.
+fn hosts(head: &str, tail: &str) -> ViewFile {
+    ViewFile {
+        name: "etc-hosts".into(),
+        target: "/etc/hosts".into(),
+        head: head.into(),
+        host: true,
+        tail: tail.into(),
+    }
 }
 
 async fn next(supervisor: &mut Supervisor) -> Event {
@@ -402,6 +413,77 @@ async fn a_container_may_see_the_user_and_the_group_under_other_numbers() {
         ];
         assert_eq!(bed.prints(script, view).await, wanted);
     }
+}
+
+#[tokio::test]
+async fn a_container_has_a_hostname_of_its_own_and_so_has_who_joins_it() {
+    if !permitted() {
+        return;
+    }
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let bed = Bed::new("hostname");
+    assert_eq!(bed.prints("uname -n", View::default()).await, [host.trim()]);
+    let longest = "n".repeat(64);
+    for name in ["a-pod", &longest] {
+        let view = View { hostname: Some(name.into()), ..View::default() };
+        let script = "uname -n; cat /proc/sys/kernel/hostname; echo $HOSTNAME";
+        assert_eq!(bed.prints(script, view).await, [name, name, name]);
+    }
+    let view = View { hostname: Some("n".repeat(65)), ..View::default() };
+    let mut supervisor = bed.start(bed.spec("echo no", view)).await;
+    let Event::StartFailed(error) = next(&mut supervisor).await else { panic!("it started") };
+    assert!(error.to_string().contains("setting the hostname \"nnn"), "{error}");
+    supervisor.acknowledge().await;
+    // Programs that join, in one with a name of its own and in one with the host's.
+    for (name, wanted) in [(Some("a-pod"), "a-pod\n"), (None, host.as_str())] {
+        let bed = Bed::new("joined");
+        let view = View { hostname: name.map(str::to_owned), ..View::default() };
+        let supervisor = bed.ready("echo ready; exec sleep 1000", view).await;
+        let (supervisor, text) = output_of(supervisor, 1, &["uname", "-n"]).await;
+        assert_eq!(text, wanted);
+        finish(supervisor).await;
+    }
+    assert_eq!(fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), host, "the host keeps its own");
+}
+
+#[tokio::test]
+async fn files_of_the_containers_own_appear_over_the_hosts_with_what_that_has() {
+    if !permitted() {
+        return;
+    }
+    let host = fs::read_to_string("/etc/hosts").unwrap();
+    let bed = Bed::new("files");
+    let aside = bed.at("aside");
+    fs::write(&aside, "untouched").unwrap();
+    let new = ViewFile {
+        name: "new".into(),
+        target: "/etc/jiriaf-new/file".into(),
+        head: "new\n".into(),
+        host: true,
+        tail: String::new(),
+    };
+    // A run that left a link there, and one that wrote into the file.
+    std::os::unix::fs::symlink(&aside, bed.at("c/etc-hosts")).unwrap();
+    for _ in 0..2 {
+        let view = View { files: vec![hosts("# head\n", "# tail\n"), new.clone()], ..View::default() };
+        let script = "stat -c %a /etc/hosts /etc/jiriaf-new/file; cat /etc/jiriaf-new/file; cat /etc/hosts; echo more >>/etc/hosts";
+        let text = bed.prints(script, view).await.join("\n");
+        assert_eq!(text.trim_end(), format!("644\n644\nnew\n# head\n{host}# tail").trim_end());
+        assert_eq!(
+            fs::read_to_string(bed.at("c/etc-hosts")).unwrap(),
+            format!("# head\n{host}# tail\nmore\n")
+        );
+    }
+    assert_eq!(fs::read_to_string("/etc/hosts").unwrap(), host);
+    assert_eq!(fs::read_to_string(&aside).unwrap(), "untouched");
+    // Something that is in the way is named.
+    fs::remove_file(bed.at("c/etc-hosts")).unwrap();
+    fs::create_dir(bed.at("c/etc-hosts")).unwrap();
+    let view = View { files: vec![hosts("", "")], ..View::default() };
+    let mut supervisor = bed.start(bed.spec("echo no", view)).await;
+    let Event::StartFailed(error) = next(&mut supervisor).await else { panic!("it started") };
+    assert!(error.to_string().contains("writing etc-hosts for /etc/hosts"), "{error}");
+    supervisor.acknowledge().await;
 }
 
 #[tokio::test]
@@ -789,6 +871,8 @@ async fn the_cost_of_a_start() {
         shown: vec![],
         termination_log: Some("/dev/termination-log".into()),
         ids: None,
+        hostname: Some("p".into()),
+        files: vec![hosts("# head\n", "")],
     };
     let cases = [
         ("without", None),

@@ -82,7 +82,7 @@ fn start_in_namespaces(
     let own = match (&place, &launch.container_dir) {
         (Namespaces::New(view), Some(directory)) => {
             make_log(&launch);
-            isolation::namespaces::separate(view.ids)?;
+            isolation::namespaces::separate(view)?;
             let open = |path: &Path| fs::File::open(path).map(OwnedFd::from);
             let (proc, own) = (open(Path::new("/proc")), open(directory));
             isolation::view::build(view, Some(directory))?;

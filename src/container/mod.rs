@@ -25,7 +25,9 @@ pub mod usage;
 pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
 pub use launch::{become_program, launch};
 pub use log::LogLimits;
-pub use protocol::{ContainerId, ContainerSpec, End, Event, Session, StartError, Stdio, View, ViewMount};
+pub use protocol::{
+    ContainerId, ContainerSpec, End, Event, Session, StartError, Stdio, View, ViewFile, ViewMount,
+};
 pub use remains::{end_marked, end_supervisors, is_supervisor};
 pub use supervisor::supervise;
 

@@ -112,6 +112,27 @@ pub struct View {
     /// The numbers that this process's user and group have in it, where they are not their own.
     #[serde(default)]
     pub ids: Option<(u32, u32)>,
+    /// What the kernel calls the host there (uname(2)); none: as outside.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// Files that are written at each start.
+    #[serde(default)]
+    pub files: Vec<ViewFile>,
+}
+
+/// A file that is written for a container, in its directory, and appears over one of the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewFile {
+    /// Its name in the container's directory.
+    pub name: String,
+    /// Where it appears; absolute.
+    pub target: PathBuf,
+    /// What it begins with.
+    pub head: String,
+    /// Whether what the host has at that place follows.
+    pub host: bool,
+    /// What it ends with.
+    pub tail: String,
 }
 
 /// One mount of a [`View`].

@@ -18,13 +18,14 @@ use super::environment::{
 };
 use super::handler::Hook;
 use super::images::Images;
+use super::isolation::{Isolation, Mode};
 use super::record::{Record, Records};
 use super::status::{self, ContainerRuntime, Ending, State, StatusInput, Terminated};
 use super::volumes::{self, Ground, Target};
-use super::{command_line, containers, expansion::Expand};
+use super::{command_line, containers, expansion::Expand, network};
 
 /// What may stand in the place of any text.
-const TEXTS: [&str; 24] = [
+const TEXTS: [&str; 25] = [
     "",
     ".",
     "..",
@@ -41,6 +42,7 @@ const TEXTS: [&str; 24] = [
     "logs/0.log",
     "pgid",
     "termination-log",
+    "etc-hosts",
     "~",
     "~/../outside",
     "~/x",
@@ -76,6 +78,8 @@ fn base() -> Value {
             "restartPolicy": "OnFailure", "activeDeadlineSeconds": 10, "terminationGracePeriodSeconds": 3,
             "initContainers": [one("c0", "v1"), {"name": "s0", "image": "v2", "restartPolicy": "Always"}],
             "containers": [one("c1", "v1/k1"), one("c2", "busybox")],
+            "hostname": "h", "subdomain": "s", "hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a"]}],
+            "dnsConfig": {"searches": ["x"], "options": [{"name": "ndots", "value": "5"}]},
             "securityContext": {"fsGroup": 0, "runAsUser": 0},
             "volumes": [
                 {"name": "v1", "configMap": {"name": "m", "defaultMode": 420}},
@@ -132,8 +136,10 @@ fn objects(pod: &Pod, keys: &[usize]) -> Objects {
 fn digest(pod: &Pod, objects: &Objects, root: &Path) {
     let (directory, home) = (root.join("pods/p"), root.join("home"));
     let facts = Facts::default();
-    let _ =
-        admission::admit(pod, &NodeFacts { name: "n".to_owned(), ..NodeFacts::default() }, &Load::of([pod]));
+    let isolation = Isolation { mode: Mode::Namespaces, ..Isolation::default() };
+    let node = NodeFacts { name: "n".to_owned(), isolation, ..NodeFacts::default() };
+    let _ = admission::admit(pod, &node, &Load::of([pod]));
+    let _ = network::network(pod, &facts.pod_ips, "search x\n");
     let ground = Ground { directory: &directory, home: &home };
     let names: Vec<String> = containers::of(pod).map(|(_, container)| container.name.clone()).collect();
     for name in &names {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::network::Network;
 use crate::container::{View, ViewMount};
 
 /// The annotation by which a pod chooses, where the pilot lets it.
@@ -89,9 +90,17 @@ impl Isolation {
 
     /// What a container of an isolated pod sees. `shown` is what it keeps of what is hidden: its pod's own part.
     #[must_use]
-    pub fn view(&self, mounts: Vec<ViewMount>, shown: Vec<PathBuf>, message_path: Option<&str>) -> View {
+    pub fn view(
+        &self,
+        mounts: Vec<ViewMount>,
+        shown: Vec<PathBuf>,
+        message_path: Option<&str>,
+        network: &Network,
+    ) -> View {
         let path = message_path.filter(|path| !path.is_empty()).unwrap_or(TERMINATION_MESSAGE_PATH);
         View {
+            hostname: network.hostname.clone(),
+            files: network.files_beside(mounts.iter().map(|mount| mount.target.as_path())),
             mounts,
             hidden: self.hidden.clone(),
             shown,
@@ -152,7 +161,8 @@ mod tests {
 
     #[test]
     fn the_termination_message_has_kubernetes_default_place() {
-        let view = |path| Isolation::default().view(Vec::new(), Vec::new(), path).termination_log;
+        let network = Network { hostname: None, files: Vec::new(), notes: Vec::new() };
+        let view = |path| Isolation::default().view(Vec::new(), Vec::new(), path, &network).termination_log;
         assert_eq!(view(None), Some("/dev/termination-log".into()));
         assert_eq!(view(Some("/tmp/x")), Some("/tmp/x".into()));
         assert_eq!(view(Some("x")), None);

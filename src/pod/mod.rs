@@ -16,6 +16,7 @@ mod hostile_tests;
 pub mod images;
 pub mod isolation;
 pub mod manager;
+pub mod network;
 pub mod objects;
 pub mod outcome;
 pub mod ports;

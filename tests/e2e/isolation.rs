@@ -101,6 +101,114 @@ fn a_pods_volumes_are_at_their_absolute_paths_and_kubectl_exec_sees_them_too() {
 }
 
 #[test]
+fn a_pod_has_its_own_hostname_hosts_and_names_as_on_a_kubelet() {
+    let namespace = Namespace::new("isonet");
+    let pilot = isolated("isonet");
+    let host = read(Path::new("/proc/sys/kernel/hostname"));
+    let hosts = read(Path::new("/etc/hosts"));
+    let script =
+        "uname -n; echo $HOSTNAME; cat /etc/hosts; echo ---; cat /etc/resolv.conf\nexec sleep 3600\n";
+    let aliases = json!([{"ip": "123.45.67.89", "hostnames": ["foo", "bar"]}]);
+    let create = |name: &str, says: Value, own_hosts: bool| {
+        let mut container = container("c1", "run");
+        if own_hosts {
+            container["volumeMounts"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({"name": "own", "mountPath": "/etc/hosts", "subPath": "hosts"}));
+        }
+        let mut spec = pod_spec("Never", &[container]);
+        spec.as_object_mut().unwrap().extend(says.as_object().unwrap().clone());
+        namespace.pod_on(&pilot, name, spec);
+    };
+    let log = |name: &str| {
+        let path = pilot.pod_directory(name).join("containers/c1/logs/0.log");
+        wait_until("it has said all", seconds(30), || {
+            std::fs::read_to_string(&path)
+                .is_ok_and(|text| text.contains("F nameserver") || text.ends_with("---\n"))
+        });
+        let text = read(&path);
+        text.lines()
+            .map(|line| line.splitn(4, ' ').nth(3).unwrap_or_default().to_owned() + "\n")
+            .collect::<String>()
+    };
+    namespace.config_map("run", &[("run.sh", script)]);
+    namespace.config_map("own", &[("hosts", "10.9.8.7 mine\n")]);
+    // As a StatefulSet's pod, with names of its own.
+    create(
+        "p",
+        json!({"hostname": "h-0", "subdomain": "s", "hostAliases": aliases, "dnsPolicy": "None",
+            "dnsConfig": {"nameservers": ["10.0.0.53"], "searches": ["x.org"], "options": [{"name": "ndots", "value": "2"}]}}),
+        false,
+    );
+    let pod = namespace.wait_phase("p", "Running", seconds(30));
+    let ip = pod["status"]["podIP"].as_str().unwrap();
+    let text = log("p");
+    assert!(text.starts_with("h-0\nh-0\n# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n"), "{text}");
+    for wanted in [
+        &format!("\n{ip}\th-0.s.{}.svc.cluster.local\th-0\n", namespace.name),
+        "\n# Entries added by HostAliases.\n123.45.67.89\tfoo\tbar\n",
+        &format!("\n# Entries of the host.\n{}", hosts.trim_end()),
+        "\n---\nsearch x.org\nnameserver 10.0.0.53\n",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} in {text}");
+    }
+    let asked =
+        "uname -n; getent hosts foo | tr -s ' '; tail -n 1 /etc/resolv.conf; echo 9.9.9.9 more >>/etc/hosts";
+    assert_eq!(exec(&namespace, "c1", asked), (0, "h-0\n123.45.67.89 foo bar\noptions ndots:2\n".to_owned()));
+    assert!(read(&pilot.pod_directory("p").join("containers/c1/etc-hosts")).ends_with("9.9.9.9 more\n"));
+    assert_eq!(read(Path::new("/etc/hosts")), hosts);
+    // The host's name stays with the host's network, and what a container mounts itself stays.
+    create("network", json!({"hostNetwork": true, "hostname": "h", "hostAliases": aliases}), false);
+    create("own", json!({"dnsConfig": {"searches": ["x.org"]}}), true);
+    for name in ["network", "own"] {
+        namespace.wait_phase(name, "Running", seconds(30));
+    }
+    let text = log("network");
+    let head = format!("{host}{host}# Kubernetes-managed hosts file (host network).\n{}", hosts.trim_end());
+    assert!(text.starts_with(&head) && text.contains("123.45.67.89\tfoo\tbar\n---"), "{text}");
+    let text = log("own");
+    assert!(
+        text.starts_with("own\nown\n10.9.8.7 mine\n---\n") && text.contains("x.org\nnameserver "),
+        "{text}"
+    );
+    // Names that are too long for a kernel wait as on a kubelet, and are told.
+    create("long", json!({"hostname": "h".repeat(50), "subdomain": "s", "setHostnameAsFQDN": true}), false);
+    wait_until("an event says so", seconds(20), || {
+        let events = namespace.events("long");
+        events.iter().any(|(reason, text)| reason == "FailedCreatePodSandBox" && text.contains("is too long"))
+    });
+}
+
+#[test]
+fn what_this_pilots_isolation_cannot_give_a_pod_is_refused_by_name() {
+    let namespace = Namespace::new("isorefuse");
+    let (plain, isolated) = (Pilot::local(Options::new("isorefuse"), 600), isolated("isorefused"));
+    namespace.config_map("run", &[("run.sh", "exit 0\n")]);
+    let aliases = json!({"hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a"]}]});
+    let names = json!({"dnsPolicy": "None", "dnsConfig": {"nameservers": ["1.2.3.4"]}});
+    for (pilot, name, says, words) in [
+        (&plain, "aliases", aliases, ["spec.hostAliases", "--isolation=namespaces"]),
+        (&plain, "names", names, ["spec.dnsPolicy None", "--isolation=namespaces"]),
+        (&isolated, "pid", json!({"hostPID": true}), ["spec.hostPID", "leave it out"]),
+        (
+            &isolated,
+            "share",
+            json!({"shareProcessNamespace": true}),
+            ["spec.shareProcessNamespace", "leave it out"],
+        ),
+    ] {
+        let mut spec = pod_spec("Never", &[container("c1", "run")]);
+        spec.as_object_mut().unwrap().extend(says.as_object().unwrap().clone());
+        namespace.pod_on(pilot, name, spec);
+        let status = &namespace.wait_phase(name, "Failed", seconds(30))["status"];
+        let message = status["message"].as_str().unwrap();
+        assert_eq!(status["reason"], "UnsupportedPodSpec", "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    }
+}
+
+#[test]
 fn a_container_that_is_deleted_runs_its_trap_and_ends_with_its_code() {
     let namespace = Namespace::new("isotrap");
     let pilot = isolated("isotrap");

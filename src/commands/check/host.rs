@@ -53,7 +53,7 @@ pub async fn isolation(args: &RunArgs) -> Option<Finding> {
     }
     let tried = tokio::task::spawn_blocking(container::isolation::problem).await;
     Some(match tried.unwrap_or_else(|error| Some(error.to_string())) {
-        None => Finding::ok("isolation", "user, mount and PID namespaces are permitted"),
+        None => Finding::ok("isolation", "user, mount, PID and UTS namespaces are permitted"),
         Some(problem) => Finding::warn(
             "isolation",
             format!("{problem}: pods run without it"),

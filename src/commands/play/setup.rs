@@ -112,8 +112,11 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         batch => allocation::kill_wait(&env, batch).await.value,
     };
 
-    let facts =
-        NodeFacts { allocatable: capacity(&found, &places.pods).quantities(), ..NodeFacts::default() };
+    let facts = NodeFacts {
+        allocatable: capacity(&found, &places.pods).quantities(),
+        isolation: isolation.clone(),
+        ..NodeFacts::default()
+    };
     let (statuses_tx, statuses) = mpsc::channel(WAITING);
     let (output_tx, output) = mpsc::channel(WAITING);
     let (events, pods) = mpsc::channel(WAITING);

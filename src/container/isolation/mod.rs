@@ -1,4 +1,5 @@
-//! A container in user, mount and PID namespaces of its own (user_namespaces(7), mount_namespaces(7), pid_namespaces(7)).
+//! A container in user, mount, PID and UTS namespaces of its own (user_namespaces(7), mount_namespaces(7),
+//! pid_namespaces(7), uts_namespaces(7)).
 //!
 //! The third stage makes the namespaces ([`namespaces`]) and what is seen in them ([`view`]), then starts [`init`], the
 //! first process of the PID namespace, and is gone. Init mounts /proc, starts the container's program by a stage of its

@@ -5,28 +5,31 @@ use std::io;
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::unistd::{getegid, geteuid};
+use nix::unistd::{getegid, geteuid, sethostname};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     configure_capability_in_ambient_set, set_capabilities, set_capabilities_secure_bits,
 };
 
-use super::super::protocol::StartError;
+use super::super::protocol::{StartError, View};
 use super::other;
 
 /// What a host may have set, where it refuses.
 pub(super) const REFUSED: &str = "does this host permit unprivileged user namespaces (sysctl user.max_user_namespaces, \
      kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)?";
 
-/// Gives this process, which has one thread, user and mount namespaces of its own, and its children a PID namespace. Its
-/// user and group stay what they are, or have the numbers `ids`. The capability to mount lasts over the next exec, which is
-/// init's.
-pub(in super::super) fn separate(ids: Option<(u32, u32)>) -> Result<(), StartError> {
+/// Gives this process, which has one thread, user, mount and UTS namespaces of its own, and its children a PID namespace. Its
+/// user and group stay what they are, or have the view's numbers. The capability to mount lasts over the next exec, which is
+/// init's. Where the view has a hostname, it is the host's name from now on.
+pub(in super::super) fn separate(view: &View) -> Result<(), StartError> {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-    let (user, group) = ids.unwrap_or((uid, gid));
+    let (user, group) = view.ids.unwrap_or((uid, gid));
     // The files of a process that is not dumpable are root's (proc(5)), and a file that one may not read makes such.
     let _ = nix::sys::prctl::set_dumpable(true);
-    let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+    let flags = CloneFlags::CLONE_NEWUSER
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWUTS;
     unshare(flags)
         .map_err(|errno| other("making namespaces", &format_args!("{}; {REFUSED}", errno.desc())))?;
     // Without it an unprivileged user may not map a group (user_namespaces(7)); kernels before 3.19 have no such file.
@@ -40,6 +43,10 @@ pub(in super::super) fn separate(ids: Option<(u32, u32)>) -> Result<(), StartErr
         let path = format!("/proc/self/{file}");
         fs::write(&path, format!("{inside} {outside} 1"))
             .map_err(|error| other(&format!("writing {path}"), &format_args!("{error}; {REFUSED}")))?;
+    }
+    if let Some(name) = &view.hostname {
+        sethostname(name.as_str())
+            .map_err(|errno| other(&format!("setting the hostname {name:?}"), &errno.desc()))?;
     }
     keep_mounting().map_err(|error| other("keeping the capability to mount", &error))
 }
@@ -76,6 +83,7 @@ pub(in super::super) fn enter(init: i32) -> Result<(), StartError> {
     // All are opened first: in the container's mount namespace this process has no /proc of its own.
     for (name, flag) in [
         ("user", CloneFlags::CLONE_NEWUSER),
+        ("uts", CloneFlags::CLONE_NEWUTS),
         ("mnt", CloneFlags::CLONE_NEWNS),
         ("pid", CloneFlags::CLONE_NEWPID),
     ] {

@@ -59,7 +59,7 @@ pub fn problem() -> Option<String> {
     Some(said.unwrap_or_else(|_| format!("a trial ended with {status}; {REFUSED}")))
 }
 
-/// The trial's main: namespaces, a mount in a directory that is not there, and init.
+/// The trial's main: namespaces, a hostname, a mount in a directory that is not there, and init.
 #[must_use]
 pub fn try_namespaces() -> ExitCode {
     match attempt() {
@@ -72,7 +72,7 @@ pub fn try_namespaces() -> ExitCode {
 }
 
 fn attempt() -> Result<ExitCode, StartError> {
-    separate(None)?;
+    separate(&View { hostname: Some("jiriaf-pilot-trial".to_owned()), ..View::default() })?;
     let mounts = vec![ViewMount {
         source: PathBuf::from("/dev"),
         target: PathBuf::from("/.jiriaf-pilot-trial/dev"),

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
@@ -22,12 +22,16 @@ use nix::sys::stat::Mode;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, access, fchdir, geteuid, pivot_root};
 
-use super::super::protocol::{StartError, View};
+use super::super::protocol::{StartError, View, ViewFile};
 use super::place::{Found, find};
 use super::{TERMINATION_LOG, other};
 
 /// Entries of a directory that is covered: each costs a mount. /dev and /etc have some hundred.
 const MOST_ENTRIES: usize = 10_000;
+
+/// What is taken of a file of the host's, as much as a kubelet takes of resolv.conf (pkg/kubelet/network/dns/dns.go,
+/// maxResolvConfLength). A list of a cluster's hosts has some 100 bytes for each.
+const HOST_FILE_BYTES: u64 = 10 << 20;
 
 /// Where a new root may be put together: directories of every host, which are seen again afterwards.
 const STAGING: [&str; 3] = ["/tmp", "/mnt", "/var"];
@@ -56,6 +60,12 @@ pub(in super::super) fn build(view: &View, directory: Option<&Path>) -> Result<(
             .map_err(|error| other(&directory.join(TERMINATION_LOG).display().to_string(), &error))?;
         sources.push((file, path, false));
     }
+    for (file, directory) in view.files.iter().filter_map(|file| Some((file, directory?))) {
+        let source = new_view_file(directory, file).map_err(|error| {
+            other(&format!("writing {} for {}", file.name, file.target.display()), &error)
+        })?;
+        sources.push((source, &file.target, false));
+    }
     builder.hide(&view.hidden, &view.shown)?;
     for (source, target, read_only) in sources {
         builder.mount(&source, target, read_only)?;
@@ -81,14 +91,37 @@ impl Source {
     }
 }
 
-/// A run's message is its own: the file is made anew. What a program has put in its place is not followed.
+/// A run's message is its own.
 fn new_termination_log(directory: &Path) -> io::Result<Source> {
     let path = directory.join(TERMINATION_LOG);
-    match fs::remove_file(&path) {
+    make_anew(&path, 0o600)?;
+    Source::open(&path)
+}
+
+/// Makes a file anew: what a program has put in its place is not followed.
+fn make_anew(path: &Path, mode: u32) -> io::Result<File> {
+    match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    file.set_permissions(Permissions::from_mode(mode))?;
+    Ok(file)
+}
+
+/// A file of its own for a container, which may write to it as in any other container (kubelet_pods.go, `ensureHostsFile`).
+fn new_view_file(directory: &Path, wanted: &ViewFile) -> io::Result<Source> {
+    let path = directory.join(&wanted.name);
+    let mut file = make_anew(&path, 0o644)?;
+    file.write_all(wanted.head.as_bytes())?;
+    if wanted.host {
+        match File::open(&wanted.target) {
+            Ok(host) => drop(io::copy(&mut host.take(HOST_FILE_BYTES), &mut file)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    file.write_all(wanted.tail.as_bytes())?;
     Source::open(&path)
 }
 

@@ -4,6 +4,7 @@
 //! order: resources, affinity, node name, host ports, taints), `component-helpers` nodeaffinity.
 
 mod affinity;
+mod isolation;
 mod load;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 pub use load::Load;
 
 use super::containers;
+use super::isolation::{Choice, Isolation};
 use super::quantity::{self, Amount};
 use super::security;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
@@ -35,6 +37,8 @@ pub struct NodeFacts {
     pub namespaces: Option<BTreeSet<String>>,
     /// Whether it takes none any more because the allocation ends.
     pub shutting_down: bool,
+    /// Which pods have namespaces of their own.
+    pub isolation: Isolation,
 }
 
 /// Why a pod is rejected. The status puts `Pod was rejected: ` before the message.
@@ -67,7 +71,8 @@ pub fn admit(pod: &Pod, node: &NodeFacts, running: &Load) -> Result<(), Rejectio
         return rejected(NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED);
     }
     namespace(pod, node)?;
-    supported(spec)?;
+    supported(spec, node.isolation.choose(pod.metadata.annotations.as_ref()) == Choice::Isolated)?;
+    isolation::check(pod, spec, &node.isolation)?;
     resources(spec, node, running)?;
     if !affinity::matches(spec, node) {
         return predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector");
@@ -107,7 +112,7 @@ fn namespace(pod: &Pod, node: &NodeFacts) -> Result<(), Rejection> {
 }
 
 /// What a process node cannot do at all is refused by name rather than left out silently.
-fn supported(spec: &PodSpec) -> Result<(), Rejection> {
+fn supported(spec: &PodSpec, isolated: bool) -> Result<(), Rejection> {
     if let Some(os) = &spec.os
         && os.name != "linux"
     {
@@ -126,7 +131,7 @@ fn supported(spec: &PodSpec) -> Result<(), Rejection> {
     {
         "spec.containers[].volumeDevices"
     } else {
-        return security::check(spec, security::Us::now(), false)
+        return security::check(spec, security::Us::now(), isolated)
             .or_else(|unsupported| rejected("UnsupportedPodSpec", unsupported.to_string()));
     };
     rejected(

@@ -32,6 +32,7 @@ fn node() -> NodeFacts {
             .collect(),
         namespaces: None,
         shutting_down: false,
+        isolation: Isolation::default(),
     }
 }
 
@@ -279,4 +280,61 @@ fn namespaces_shutdown_and_unsupported_fields() {
         assert_eq!(got.reason, reason, "{spec}");
     }
     assert_eq!(admit(&pod(json!({"os": {"name": "linux"}})), &node(), &Load::default()), Ok(()));
+}
+
+#[test]
+fn what_isolation_alone_gives_or_takes_is_refused_elsewhere() {
+    use crate::pod::isolation::{ANNOTATION, Mode};
+    let node_of = |mode, problem: Option<&str>| NodeFacts {
+        isolation: Isolation { mode, problem: problem.map(str::to_owned), hidden: Vec::new() },
+        ..node()
+    };
+    let (none, all, asked) = (Mode::None, Mode::Namespaces, Mode::Annotation);
+    let aliases = json!({"hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a"]}]});
+    let dns = json!({"dnsPolicy": "None", "dnsConfig": {"nameservers": ["1.2.3.4"]}});
+    let searches = json!({"dnsPolicy": "ClusterFirst", "dnsConfig": {"searches": ["x"]}});
+    let (pid, share) = (json!({"hostPID": true}), json!({"shareProcessNamespace": true}));
+    let plain = json!({"hostAliases": [], "dnsConfig": {}, "dnsPolicy": "ClusterFirst", "hostPID": false,
+        "shareProcessNamespace": false, "runtimeClassName": "x", "hostNetwork": true, "hostIPC": true, "hostname": "h"});
+    // Mode, the host's problem, whether the pod asks, the pod; words of the message, none where it is admitted.
+    type Row<'a> = (Mode, Option<&'a str>, bool, &'a Value, &'a [&'a str]);
+    let table: [Row<'_>; 21] = [
+        (none, None, false, &plain, &[]),
+        (all, None, false, &plain, &[]),
+        (none, None, false, &aliases, &["spec.hostAliases ", "--isolation=namespaces", "jiriaf.isolation"]),
+        (none, None, true, &aliases, &["spec.hostAliases ", "--isolation=namespaces"]),
+        (none, None, false, &dns, &["spec.dnsPolicy None ", "leave it out"]),
+        (none, None, false, &searches, &["spec.dnsConfig ", "leave it out"]),
+        (all, None, false, &aliases, &[]),
+        (all, None, false, &dns, &[]),
+        (all, None, false, &searches, &[]),
+        (all, Some("EPERM"), false, &aliases, &["another node", "EPERM"]),
+        (asked, None, false, &aliases, &["give the pod the annotation jiriaf.isolation: namespaces"]),
+        (asked, None, true, &aliases, &[]),
+        (asked, Some("EPERM"), true, &dns, &["another node", "EPERM"]),
+        (none, None, false, &pid, &[]),
+        (none, None, false, &share, &[]),
+        (asked, None, false, &pid, &[]),
+        (asked, None, true, &pid, &["spec.hostPID ", "take the annotation"]),
+        (asked, None, true, &share, &["spec.shareProcessNamespace ", "take the annotation"]),
+        (all, None, false, &pid, &["spec.hostPID ", "a node whose pilot has no --isolation=namespaces"]),
+        (all, None, true, &share, &["spec.shareProcessNamespace ", "a node whose pilot has no"]),
+        (all, Some("EPERM"), false, &share, &[]),
+    ];
+    for (mode, problem, asks, spec, words) in table {
+        let mut pod = pod(spec.clone());
+        if asks {
+            pod.metadata.annotations = Some([(ANNOTATION.to_owned(), "namespaces".to_owned())].into());
+        }
+        let got = admit(&pod, &node_of(mode, problem), &Load::default());
+        let right = match &got {
+            Ok(()) => words.is_empty(),
+            Err(error) => {
+                error.reason == "UnsupportedPodSpec"
+                    && !words.is_empty()
+                    && words.iter().all(|word| error.message.contains(word))
+            }
+        };
+        assert!(right, "{mode:?} {problem:?} {asks} {spec}: {got:?}");
+    }
 }

@@ -19,6 +19,9 @@ pub struct Additions {
     pub termination_log: String,
     /// `JIRIAF_DRAIN_TIME`, in seconds since 1970; absent where there is no drain time.
     pub drain_time: Option<Timestamp>,
+    /// `HOSTNAME`, which container runtimes set (containerd, `containerSpecOpts`): `$(HOSTNAME)` does not know it. None: what
+    /// is inherited stays.
+    pub hostname: Option<String>,
     /// `JIRIAF_CONTAINER`: the mark by which what is left of a container is found.
     pub mark: String,
 }
@@ -128,8 +131,9 @@ pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> 
     let mut skipped = Vec::new();
     let mut declared = added(input.additions);
     from_objects(input, &mut declared, &mut skipped)?;
-    let inherited: BTreeMap<&str, &str> =
+    let mut inherited: BTreeMap<&str, &str> =
         input.inherited.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    inherited.extend(input.additions.hostname.as_deref().map(|name| ("HOSTNAME", name)));
 
     for var in input.container.env.iter().flatten() {
         let value = match (var.value.as_deref().unwrap_or(""), &var.value_from) {

@@ -17,6 +17,11 @@ fn objects() -> Objects {
 }
 
 fn made(container: Value, expand: Expand) -> Result<ContainerEnv, ConfigError> {
+    made_on(container, expand, None)
+}
+
+/// In a container that takes this for the host's name.
+fn made_on(container: Value, expand: Expand, hostname: Option<&str>) -> Result<ContainerEnv, ConfigError> {
     let mut container = container;
     container["name"] = json!("c1");
     let pod: Pod = from_value(json!({
@@ -30,6 +35,7 @@ fn made(container: Value, expand: Expand) -> Result<ContainerEnv, ConfigError> {
         pod_dir: "/home/u/p1".to_owned(),
         container_dir: "/home/u/p1/containers/c1".to_owned(),
         termination_log: "/home/u/p1/containers/c1/termination-log".to_owned(),
+        hostname: hostname.map(str::to_owned),
         drain_time: Some(jiff::Timestamp::from_second(1_700_000_000).unwrap()),
         mark: "n/u/c1/0".to_owned(),
     };
@@ -131,6 +137,18 @@ fn the_pilots_variables_stay_and_ours_are_added() {
     );
     assert_eq!((env.get("PATH"), env.get("NONE")), (Some("/mine"), None));
     assert_eq!(env.get_declared("HOME"), None, "inherited, not declared");
+}
+
+#[test]
+fn hostname_is_a_runtimes_variable_that_a_pod_may_set() {
+    let container =
+        json!({"env": [{"name": "A", "value": "$(HOSTNAME)"}, {"name": "B", "value": "$HOSTNAME"}]});
+    let env = made_on(container, Expand::Jiriaf, Some("p-0")).unwrap();
+    let all = [env.get("HOSTNAME"), env.get("A"), env.get("B"), env.get_declared("HOSTNAME")];
+    assert_eq!(all, [Some("p-0"), Some("$(HOSTNAME)"), Some("p-0"), None]);
+    let container = json!({"env": [{"name": "HOSTNAME", "value": "mine"}]});
+    assert_eq!(made_on(container, Expand::Jiriaf, Some("p-0")).unwrap().get("HOSTNAME"), Some("mine"));
+    assert_eq!(made(json!({}), Expand::Jiriaf).unwrap().get("HOSTNAME"), None);
 }
 
 #[test]

@@ -10,10 +10,12 @@ use super::{
     PlannedMount, PlannedView, Root, SubPathError, VOLUMES, VolumeError, absolute, paths, subpath, writer,
 };
 
+use crate::pod::network;
+
 /// Mode of the directories that mounts are made in. The pod's own directory above them is 0700.
 const DIR_MODE: u32 = 0o755;
 /// Names in a container's directory that are the pilot's.
-const RESERVED: [&str; 3] = ["logs", "pgid", "termination-log"];
+const RESERVED: [&str; 5] = ["logs", "pgid", "termination-log", network::FILES[0], network::FILES[1]];
 
 /// Where a pod is.
 #[derive(Debug, Clone, Copy)]

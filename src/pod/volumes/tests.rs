@@ -268,6 +268,7 @@ fn what_cannot_be_served_is_refused_by_name() {
         (json!([mount("w", "m")]), json!([cm]), "no volume of this name"),
         (json!([mount("v", "logs")]), json!([cm]), "logs"),
         (json!([mount("v", "/pgid")]), json!([empty]), "pgid"),
+        (json!([mount("v", "etc-hosts")]), json!([empty]), "etc-hosts"),
         (json!([mount("v", "~/x")]), json!([empty]), "home directory"),
         (json!([mount("v", "/")]), json!([empty]), "container's directory itself"),
         (json!([mount("v", "m"), mount("v", "/m/")]), json!([cm]), "same path"),

@@ -4,6 +4,7 @@
 //! waits for whatever comes next, changes its containers' states, and publishes the status that follows from them.
 
 mod happen;
+mod network;
 mod order;
 mod prepare;
 mod report;

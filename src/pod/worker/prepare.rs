@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
+use super::network::{kernel_name, of_pod};
 use crate::container::{ContainerSpec, LogLimits, Stdio, View, ViewMount};
 use crate::pod::api::ApiError;
 use crate::pod::command_line::argv;
@@ -20,6 +21,7 @@ use crate::pod::environment::{
 use crate::pod::events::Kind;
 use crate::pod::images;
 use crate::pod::isolation::{self, Choice};
+use crate::pod::network::{HostnameError, Network};
 use crate::pod::objects::{self, Held, Read, ReadError};
 use crate::pod::security::{self, Ids};
 use crate::pod::volumes::keeper::Turn;
@@ -51,8 +53,8 @@ pub struct Prepared {
     pub layout: Layout,
     /// What was left out, for an event.
     pub notes: Vec<String>,
-    /// Whether its containers have namespaces of their own.
-    isolated: bool,
+    /// What its containers get in namespaces of their own; none: they have none.
+    network: Option<Network>,
 }
 
 impl Prepared {
@@ -102,6 +104,17 @@ pub enum PrepareError {
         /// What is there.
         source: io::Error,
     },
+    /// A file of the host's, which the pod's is made of, cannot be read.
+    #[error("reading {path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It has no hostname.
+    #[error("{0}")]
+    Hostname(#[from] HostnameError),
     /// The preparation was ended from outside.
     #[error("preparing the pod came to no end: {0}")]
     Aborted(String),
@@ -111,7 +124,9 @@ impl PrepareError {
     /// The event's reason, as kubelet names it.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Directory(_) | Self::Aborted(_) => "FailedCreatePodSandBox",
+            Self::Directory(_) | Self::Read { .. } | Self::Hostname(_) | Self::Aborted(_) => {
+                "FailedCreatePodSandBox"
+            }
             Self::Api { .. } | Self::Volume(_) | Self::Write { .. } | Self::Occupied { .. } => {
                 VolumeError::REASON
             }
@@ -122,10 +137,12 @@ impl PrepareError {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Volume(error) => error.may_mend(),
+            Self::Hostname(_) => false,
             Self::Api { .. }
             | Self::Directory(_)
             | Self::Write { .. }
             | Self::Occupied { .. }
+            | Self::Read { .. }
             | Self::Aborted(_) => true,
         }
     }
@@ -262,11 +279,22 @@ async fn fill(
     let facts = context.facts();
     let home = context.places.home.clone();
     let ground = Ground { directory: &directory, home: &home };
+    let choice = context.policy.isolation.choose(pod.metadata.annotations.as_ref());
+    let network = match choice {
+        Choice::Isolated => Some(of_pod(pod, &facts).await?),
+        Choice::Plain | Choice::Instead(_) => None,
+    };
     let mut contents = volumes::contents(pod, &objects, &facts)?;
     let mut plans = Vec::new();
     let mut scripts = BTreeMap::new();
     for (_, container) in containers::of(pod) {
-        let made = Made { objects: &objects, facts: &facts, services: &services, directory: &directory };
+        let made = Made {
+            objects: &objects,
+            facts: &facts,
+            services: &services,
+            directory: &directory,
+            network: network.as_ref(),
+        };
         let sub_paths = sub_paths(context, pod, &container, &made);
         let plan = match sub_paths {
             Ok(sub_paths) => volumes::plan(&container, &contents, &sub_paths, &ground)?,
@@ -289,9 +317,11 @@ async fn fill(
             (name, path)
         })
         .collect();
-    let choice = context.policy.isolation.choose(pod.metadata.annotations.as_ref());
     if let Choice::Instead(why) = &choice {
         context.events.record(pod, None, Kind::Warning, isolation::REASON, why);
+    }
+    for note in network.iter().flat_map(|network| &network.notes) {
+        context.events.record(pod, None, Kind::Warning, Network::REASON, note);
     }
     let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
     let at = directory.clone();
@@ -306,8 +336,7 @@ async fn fill(
     let (problems, plans) = written.await??;
     let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
     held.note(versions);
-    let isolated = choice == Choice::Isolated;
-    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes, isolated })
+    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes, network })
 }
 
 /// What the pod is told of Services; enableServiceLinks is true where nothing is said (core/v1 defaults.go).
@@ -392,7 +421,9 @@ fn claim_at(
     Ok(claimed)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PrepareError> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, PrepareError> {
     on_disk(work).await.map_err(|error| PrepareError::Aborted(error.to_string()))
 }
 
@@ -458,6 +489,7 @@ pub fn spec(
         facts: &prepared.facts,
         services: &prepared.services,
         directory: &prepared.directory,
+        network: prepared.network.as_ref(),
     };
     let env = environment(context, pod, container, restart, &made)?;
     let (argv, vars, contained) = match script {
@@ -476,7 +508,7 @@ pub fn spec(
         Some(dir) => own.join(dir),
         None => own.clone(),
     };
-    let view = prepared.isolated.then(|| {
+    let view = prepared.network.as_ref().map(|network| {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
         let mut shown = vec![directory::contents(&prepared.directory, uid, &context.places.kept)];
         shown.extend(volumes::memory::parents().into_iter().map(|parent| parent.join(uid)));
@@ -486,7 +518,7 @@ pub fn spec(
         let ids = security::ids(pod, container, us);
         View {
             ids: (ids != Ids { user: us.user, group: us.group }).then_some((ids.user, ids.group)),
-            ..context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path)
+            ..context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path, network)
         }
     });
     let spec = ContainerSpec {
@@ -523,6 +555,7 @@ struct Made<'a> {
     facts: &'a Facts,
     services: &'a BTreeMap<String, String>,
     directory: &'a Path,
+    network: Option<&'a Network>,
 }
 
 /// The environment of one run of a container.
@@ -546,6 +579,7 @@ fn environment(
         termination_log: own.join(super::termination::FILE).display().to_string(),
         container_dir: own.display().to_string(),
         drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
+        hostname: made.network.map(kernel_name),
         mark,
     };
     container_env(&EnvInput {
@@ -600,6 +634,8 @@ mod tests {
             (VolumeError::Mount { container, mount, path, problem }.into(), false),
             (PrepareError::Write { path: PathBuf::new(), source: full() }, true),
             (PrepareError::Occupied { path: PathBuf::new(), source: full() }, true),
+            (PrepareError::Read { path: PathBuf::new(), source: full() }, true),
+            (HostnameError::Long { fqdn: text() }.into(), false),
             (PrepareError::Aborted(text()), true),
         ];
         for (error, wanted) in table {

@@ -80,7 +80,7 @@ pub async fn leave(args: &RunArgs, mut begun: Begun) -> Result<Pilot, SetupError
     let client = cluster::counting(own.as_ref().unwrap_or(&begun.kube).client()?, metrics.clone());
     // Statuses name it; no pod starts any more.
     let ip = reach::address(args, &begun).await.unwrap_or_else(|_| "127.0.0.1".to_owned());
-    let facts = facts(&reach::config(args, &begun, &ip), args);
+    let facts = facts(&reach::config(args, &begun, &ip), args, &begun.isolation);
     let context = context(args, &begun, &Way { client, ip, metrics }, &facts);
     spawn_housekeeping(&context);
     let (_, pods) = mpsc::channel(1);

@@ -15,6 +15,7 @@ use crate::node::labels::{NameParts, check_node_name};
 use crate::node::{self, NodeConfig};
 use crate::pod::admission::NodeFacts;
 use crate::pod::context::Places;
+use crate::pod::isolation::Isolation;
 
 /// The label jiriaf.site: as set, else the batch cluster's name.
 pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> String {
@@ -147,7 +148,7 @@ pub(super) fn free_bytes(path: &Path) -> u64 {
     nix::sys::statvfs::statvfs(path).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()))
 }
 
-pub(super) fn facts(config: &NodeConfig, args: &RunArgs) -> NodeFacts {
+pub(super) fn facts(config: &NodeConfig, args: &RunArgs, isolation: &Isolation) -> NodeFacts {
     NodeFacts {
         name: config.name.clone(),
         labels: config.labels.clone(),
@@ -155,6 +156,7 @@ pub(super) fn facts(config: &NodeConfig, args: &RunArgs) -> NodeFacts {
         allocatable: config.capacity.quantities(),
         namespaces: (!args.namespaces.is_empty()).then(|| args.namespaces.iter().cloned().collect()),
         shutting_down: false,
+        isolation: isolation.clone(),
     }
 }
 

@@ -102,7 +102,7 @@ pub async fn register(args: &RunArgs, begun: &Begun, way: &Way) -> Result<Entere
         timing: begun.timing.clone(),
         deadline: begun.deadline.clone(),
     })?;
-    let facts = facts(&config, args);
+    let facts = facts(&config, args, &begun.isolation);
     let limit = patience(args, begun);
     let node = crate::node::register(way.client.clone(), config, begun.timing.clone(), limit).await?;
     Ok(Entered { node, facts, api })
