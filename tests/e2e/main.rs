@@ -16,6 +16,7 @@ mod cordon;
 mod crash;
 mod crash_random;
 mod deletion;
+mod drain;
 mod ending;
 mod environment;
 mod exec;
