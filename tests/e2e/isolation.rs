@@ -118,6 +118,11 @@ fn a_pod_has_its_own_hostname_hosts_and_names_as_on_a_kubelet() {
                 .push(json!({"name": "own", "mountPath": "/etc/hosts", "subPath": "hosts"}));
         }
         let mut spec = pod_spec("Never", &[container]);
+        // As Kubernetes' own test of /etc/hosts compares them (test/e2e/common/node/kubelet_etc_hosts.go).
+        let original = json!({"name": "original", "mountPath": "/etc/hosts-original"});
+        spec["containers"][0]["volumeMounts"].as_array_mut().unwrap().push(original);
+        let host_path = json!({"path": "/etc/hosts", "type": "FileOrCreate"});
+        spec["volumes"].as_array_mut().unwrap().push(json!({"name": "original", "hostPath": host_path}));
         spec.as_object_mut().unwrap().extend(says.as_object().unwrap().clone());
         namespace.pod_on(&pilot, name, spec);
     };
@@ -156,6 +161,7 @@ fn a_pod_has_its_own_hostname_hosts_and_names_as_on_a_kubelet() {
     let asked =
         "uname -n; getent hosts foo | tr -s ' '; tail -n 1 /etc/resolv.conf; echo 9.9.9.9 more >>/etc/hosts";
     assert_eq!(exec(&namespace, "c1", asked), (0, "h-0\n123.45.67.89 foo bar\noptions ndots:2\n".to_owned()));
+    assert_eq!(exec(&namespace, "c1", "cat /etc/hosts-original"), (0, hosts.clone()));
     assert!(read(&pilot.pod_directory("p").join("containers/c1/etc-hosts")).ends_with("9.9.9.9 more\n"));
     assert_eq!(read(Path::new("/etc/hosts")), hosts);
     // The host's name stays with the host's network, and what a container mounts itself stays.

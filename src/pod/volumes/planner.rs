@@ -131,7 +131,7 @@ impl<'a> Planner<'a> {
             }
             (Content::Empty(EmptyDir { memory, .. }), sub) => {
                 self.link(&real, mount, sub)?;
-                self.note_mount(&place, volume.join(sub.unwrap_or(Path::new(""))), read_only);
+                self.note_mount(&place, within(&volume, sub), read_only);
                 let ours = match memory {
                     true => Place { root: Root::Memory, path: PathBuf::from(&mount.name) },
                     false => Place { root: Root::Pod, path: Path::new(VOLUMES).join(&mount.name) },
@@ -141,7 +141,7 @@ impl<'a> Planner<'a> {
             }
             (Content::Host(host), sub) => {
                 self.link(&real, mount, sub)?;
-                self.note_mount(&place, host.path.join(sub.unwrap_or(Path::new(""))), read_only);
+                self.note_mount(&place, within(&host.path, sub), read_only);
                 self.outer.push(Outer { mounted: place, volume: &mount.name, is: Is::Host });
             }
         }
@@ -339,6 +339,11 @@ impl<'a> Planner<'a> {
         }
         Ok(())
     }
+}
+
+/// A volume, or what a mount takes of it. `join` of nothing would leave a slash at the end, by which a file cannot be opened.
+fn within(volume: &Path, sub: Option<&Path>) -> PathBuf {
+    sub.map_or_else(|| volume.to_owned(), |sub| volume.join(sub))
 }
 
 /// The subPaths of a container's mounts, by their index; `value` is a variable of its environment.

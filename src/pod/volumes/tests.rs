@@ -169,6 +169,20 @@ fn an_empty_dir_is_shared_and_mounts_beneath_it_go_inside() {
 }
 
 #[test]
+fn what_is_mounted_is_named_so_that_a_file_can_be_opened() {
+    let mut within = mount("v", "/b");
+    within["subPath"] = json!("s");
+    for (volume, wanted) in [
+        (json!({"name": "v", "hostPath": {"path": "/etc/hosts"}}), ["/etc/hosts", "/etc/hosts/s"]),
+        (json!({"name": "v", "emptyDir": {}}), ["/pods/p/volumes/v", "/pods/p/volumes/v/s"]),
+    ] {
+        let plans = planned(&one(json!([mount("v", "/a"), within]), json!([volume]))).unwrap();
+        let sources: Vec<&str> = plans[0].mounts.iter().map(|mount| mount.source.to_str().unwrap()).collect();
+        assert_eq!(sources, wanted, "no slash at the end");
+    }
+}
+
+#[test]
 fn what_is_missing_keeps_the_pod_waiting() {
     for (source, wanted) in [
         (
