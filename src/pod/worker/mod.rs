@@ -9,6 +9,7 @@ mod order;
 mod prepare;
 mod report;
 mod run;
+mod spec;
 mod start;
 mod state;
 mod stop;

@@ -14,7 +14,7 @@ use super::state::{is_over, unknown_end, waiting};
 use super::stop::Why;
 use super::termination::LastWord;
 use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Worker, deletion_grace, own_grace};
-use super::{order, run};
+use super::{order, run, spec};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
 use crate::pod::containers::{self, Kind};
@@ -240,7 +240,7 @@ impl Worker {
         let name = self.containers[index].name.clone();
         let restart = self.record.containers.get(&name).map_or(0, |c| c.restart);
         self.tell_missing(&name, prepared);
-        let (spec, skipped) = match prepare::spec(&self.context, &self.record.pod, &name, restart, prepared) {
+        let (spec, skipped) = match spec::spec(&self.context, &self.record.pod, &name, restart, prepared) {
             Ok(made) => made,
             Err(error) => {
                 self.containers[index].supervisor = None;
