@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
+use super::probe::Tally;
 use super::session::RunHandle;
 use super::status::{State, Terminated};
 
@@ -49,6 +50,8 @@ pub struct ContainerView {
     pub restart: u32,
     /// Its run, while there is one.
     pub run: Option<RunHandle>,
+    /// How its probes went.
+    pub probed: Arc<Tally>,
 }
 
 impl PodView {

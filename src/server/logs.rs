@@ -137,7 +137,7 @@ pub async fn answer(
     let pod = view.pod.metadata.name.clone().unwrap_or_default();
     let reason = "ContainerCreating".to_owned();
     let state = State::Waiting { reason, message: String::new() };
-    let waiting = ContainerView { state, last: None, restart: 0, run: None };
+    let waiting = ContainerView { state, last: None, restart: 0, run: None, probed: Arc::default() };
     let container = view.containers.get(name).unwrap_or(&waiting);
     let uid = view.pod.metadata.uid.clone().unwrap_or_default();
     let run = run_of((&pod, &uid), name, container, request.previous)?;
@@ -376,6 +376,7 @@ mod tests {
             last: last.then(|| end.clone()),
             restart,
             run: None,
+            probed: Arc::default(),
         };
         let chosen =
             |view: &ContainerView, previous| run_of(("p", "u"), "c", view, previous).map_err(|r| r.message);

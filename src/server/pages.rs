@@ -15,7 +15,7 @@ use super::body::{Answer, text, typed};
 use super::logs::log_path;
 use super::metrics::host::{Disk, Network, Processes};
 use super::metrics::summary::{Extra, summary};
-use super::metrics::{self, CONTENT_TYPE, Snapshot, resource};
+use super::metrics::{CONTENT_TYPE, Snapshot, probes, resource};
 use super::route::Route;
 use super::usage::Usages;
 use crate::allocation::Deadline;
@@ -86,7 +86,7 @@ impl Pages {
             Route::ResourceMetrics => {
                 typed(StatusCode::OK, plain, resource::render(&self.sample(roster).await))
             }
-            Route::ProbeMetrics => typed(StatusCode::OK, plain, metrics::probes()),
+            Route::ProbeMetrics => typed(StatusCode::OK, plain, probes::render(&roster.all())),
             Route::Metrics => self.own(roster),
             Route::Page => text(StatusCode::OK, self.overview(roster).await),
             _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),

@@ -193,7 +193,10 @@ mod tests {
             };
             // Nothing of this process is a container.
             let run = runs.then(|| RunHandle::new(i32::MAX).0);
-            ((*name).to_owned(), ContainerView { state, last: None, restart: *restart, run })
+            (
+                (*name).to_owned(),
+                ContainerView { state, last: None, restart: *restart, run, probed: Arc::default() },
+            )
         };
         let pod = serde_json::json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}});
         Arc::new(PodView {

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Namespace, Options, Pilot, api, condition, container, pod_spec, seconds, wait_for, wait_until,
+    Namespace, Options, Pilot, api, bed, condition, container, pod_spec, seconds, wait_for, wait_until,
 };
 
 fn pilot(label: &'static str) -> Pilot {
@@ -90,7 +90,7 @@ fn a_readiness_gate_waits_for_whoever_sets_its_condition() {
     assert_eq!(condition(&pod, "ContainersReady")["status"], "True");
     assert_eq!(condition(&pod, "Ready")["reason"], "ReadinessGatesNotReady", "{:#}", pod["status"]);
     let set = json!({"status": {"conditions": [{"type": "example.org/fed", "status": "True"}]}});
-    let patched = crate::harness::bed().kubectl(&[
+    let patched = bed().kubectl(&[
         "-n",
         &namespace.name,
         "patch",
@@ -126,6 +126,13 @@ fn a_liveness_probe_that_fails_starts_the_container_again() {
     assert_eq!(first(&pod)["lastState"]["terminated"]["exitCode"], 0, "{:#}", pod["status"]);
     let text = "Container c1 failed liveness probe, will be restarted";
     wait_until("the event", seconds(10), || namespace.events("p").iter().any(|(_, said)| said == text));
+    // The count goes on over the runs.
+    let path = format!("/api/v1/nodes/{}/proxy/metrics/probes", pilot.node);
+    wait_until("both results are counted", seconds(20), || {
+        let metrics = bed().kubectl(&["get", "--raw", &path]).stdout;
+        let labels = |result| format!(r#"probe_type="Liveness",result="{result}"}} "#);
+        ["failed", "successful"].iter().all(|result| metrics.contains(&labels(result)))
+    });
     // Under Never it is the end.
     probed(&namespace, &pilot, "q", "Never", &[("livenessProbe", shell("exit 1"))]);
     let pod = namespace.wait_phase("q", "Failed", seconds(30));

@@ -6,6 +6,7 @@
 mod grpc;
 mod hpack;
 mod prober;
+mod tally;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use self::prober::Outcome;
+pub use self::tally::Tally;
 use super::events::{Events, Kind as EventKind};
 use super::session::RunHandle;
 
@@ -107,6 +109,8 @@ pub struct Subject {
     pub started: bool,
     /// Whether it was ready before.
     pub ready: bool,
+    /// Where the verdicts are counted.
+    pub tally: Arc<Tally>,
 }
 
 /// The probes of one run. They end when this is dropped.
@@ -319,6 +323,9 @@ impl Watcher {
         while !self.thresholds.over {
             tokio::time::sleep_until(at).await;
             let Some(verdict) = self.ask().await else { return };
+            if let Some(verdict) = verdict {
+                self.subject.tally.count(self.kind, verdict);
+            }
             if let Some(result) = verdict.and_then(|verdict| self.thresholds.note(verdict)) {
                 let Subject { index, restart, .. } = *self.subject;
                 let report = Report { index, restart, found: self.found(result) };

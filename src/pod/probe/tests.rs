@@ -155,6 +155,7 @@ struct Run {
     probes: Probes,
     reports: mpsc::Receiver<Report>,
     calls: mpsc::UnboundedReceiver<String>,
+    tally: Arc<Tally>,
 }
 
 fn start(container: Container, ready: bool, exit: impl Fn(&str, usize) -> i32 + Send + 'static) -> Run {
@@ -182,8 +183,10 @@ fn start(container: Container, ready: bool, exit: impl Fn(&str, usize) -> i32 + 
         started_at: SystemTime::now(),
         started: false,
         ready,
+        tally: Arc::default(),
     };
-    Run { probes: spawn(subject, reports_tx), reports, calls }
+    let tally = Arc::clone(&subject.tally);
+    Run { probes: spawn(subject, reports_tx), reports, calls, tally }
 }
 
 fn exec_probe(name: &str, failures: i32) -> Value {
@@ -219,6 +222,14 @@ async fn a_startup_probe_holds_the_others_back() {
         calls.push(call);
     }
     assert_eq!(calls[..3], ["startup", "startup", "readiness"], "{calls:?}");
+    let counted: Vec<_> = run.tally.counted().filter(|(kind, ..)| *kind != "Readiness").collect();
+    let wanted = [
+        ("Startup", "successful", 1),
+        ("Startup", "failed", 1),
+        ("Liveness", "successful", 1),
+        ("Liveness", "failed", 1),
+    ];
+    assert_eq!(counted, wanted);
 }
 
 #[tokio::test]

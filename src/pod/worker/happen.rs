@@ -1,6 +1,7 @@
 //! What happens to a pod: commands, its containers' starts and ends, the clock.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -184,6 +185,7 @@ impl Worker {
                 started_at: started_at.into(),
                 started,
                 ready,
+                tally: Arc::clone(&self.containers[index].probed),
             };
             // What a crash of the pilot must not do again or take back.
             let hooked = subject.container.lifecycle.as_ref().is_some_and(|all| all.post_start.is_some());

@@ -34,7 +34,7 @@ use super::context::Context;
 use super::environment::Missing;
 use super::events::Kind;
 use super::outcome::Outcome;
-use super::probe::{Probes, Report};
+use super::probe::{Probes, Report, Tally};
 use super::publisher::Publisher;
 use super::record::Record;
 use super::session::RunHandle;
@@ -131,6 +131,8 @@ struct Container {
     stuck: bool,
     back_off: BackOff,
     probes: Probes,
+    /// How the probes of all its runs went.
+    probed: Arc<Tally>,
 }
 
 impl Container {
@@ -145,6 +147,7 @@ impl Container {
             stuck: false,
             back_off: BackOff::new(context.policy.back_off_max),
             probes: Probes::none(),
+            probed: Arc::default(),
         }
     }
 }

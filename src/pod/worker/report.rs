@@ -1,6 +1,7 @@
 //! What the API server is told of a pod, and what follows from its answer.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
@@ -85,6 +86,7 @@ impl Worker {
                 last: record.last,
                 restart: record.restart,
                 run: container.run.as_ref().and(container.handle.clone()),
+                probed: Arc::clone(&container.probed),
             };
             (container.name.clone(), view)
         };

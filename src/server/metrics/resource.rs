@@ -1,14 +1,12 @@
 //! The text of `/metrics/resource`, from which the metrics server and Prometheus learn what is used.
 //!
-//! Written by hand: prometheus-client's encoders write no time stamps, and metrics-server measures CPU rates between them.
-//!
 //! Labels stand as `container, pod, namespace` and `namespace, pod`: the pod's name is second in both, where the
 //! virtual kubelet's end-to-end tests look for it (`test/e2e/basic.go`, TestGetMetricsResource). metrics-server and
 //! Prometheus take them in any order. Swap is left out: a process's share of it is not to be had cheaply.
 
-use std::fmt::Write as _;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
+use super::text::{Quoted, Text, since_epoch};
 use super::{ContainerUsage, PodUsage, Snapshot};
 
 /// The text; samples of one name stand together, as the format wants it.
@@ -16,7 +14,7 @@ use super::{ContainerUsage, PodUsage, Snapshot};
 pub fn render(snapshot: &Snapshot) -> String {
     // A sample has some 110 bytes, and a container has three.
     let containers: usize = snapshot.pods.iter().map(|pod| pod.containers.len()).sum();
-    let mut text = Text(String::with_capacity(2048 + containers * 512));
+    let mut text = Text::with_capacity(2048 + containers * 512);
     let containers = || {
         let pairs = |pod| move |container| (pod, container);
         snapshot.pods.iter().flat_map(move |pod: &PodUsage| pod.containers.iter().map(pairs(pod)))
@@ -54,14 +52,14 @@ pub fn render(snapshot: &Snapshot) -> String {
             "counter",
             "CPU time used by the job on this host, in core-seconds.",
         );
-        text.0.push_str("node_cpu_usage_seconds_total");
+        text.push("node_cpu_usage_seconds_total");
         text.value(&seconds(usage.cpu), Some(usage.at));
         text.family(
             "node_memory_working_set_bytes",
             "gauge",
             "Memory of the job on this host that cannot be reclaimed, in bytes.",
         );
-        text.0.push_str("node_memory_working_set_bytes");
+        text.push("node_memory_working_set_bytes");
         text.value(&usage.memory.working_set, Some(usage.at));
     }
     let pods = || snapshot.pods.iter().filter_map(|pod| Some((pod, pod.at()?)));
@@ -80,24 +78,12 @@ pub fn render(snapshot: &Snapshot) -> String {
         text.value(&pod.sum(|usage| usage.working_set), Some(at));
     }
     text.family("resource_scrape_error", "gauge", "1 if something could not be measured, 0 otherwise.");
-    text.0.push_str("resource_scrape_error");
+    text.push("resource_scrape_error");
     text.value(&u8::from(snapshot.usage.is_none()), None);
-    text.0
+    text.into_string()
 }
 
-/// Prometheus's text format 0.0.4, as it grows.
-struct Text(String);
-
 impl Text {
-    // Writing to a String cannot fail.
-    fn write(&mut self, arguments: std::fmt::Arguments<'_>) {
-        let _ = self.0.write_fmt(arguments);
-    }
-
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        self.write(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
-    }
-
     fn container(&mut self, name: &str, pod: &PodUsage, container: &ContainerUsage) {
         let (container, pod, namespace) =
             (Quoted(&container.name), Quoted(&pod.name), Quoted(&pod.namespace));
@@ -108,36 +94,6 @@ impl Text {
         let (pod, namespace) = (Quoted(&pod.name), Quoted(&pod.namespace));
         self.write(format_args!(r#"{name}{{namespace={namespace},pod={pod}}}"#));
     }
-
-    /// The end of a sample; its time stamp is in milliseconds.
-    fn value(&mut self, value: &dyn std::fmt::Display, at: Option<SystemTime>) {
-        match at {
-            Some(at) => self.write(format_args!(" {value} {}\n", since_epoch(at).as_millis())),
-            None => self.write(format_args!(" {value}\n")),
-        }
-    }
-}
-
-/// A label's value. Kubernetes' names need no escapes; nothing here depends on that.
-struct Quoted<'a>(&'a str);
-
-impl std::fmt::Display for Quoted<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_char('"')?;
-        for char in self.0.chars() {
-            match char {
-                '\\' => f.write_str("\\\\")?,
-                '"' => f.write_str("\\\"")?,
-                '\n' => f.write_str("\\n")?,
-                char => f.write_char(char)?,
-            }
-        }
-        f.write_char('"')
-    }
-}
-
-fn since_epoch(at: SystemTime) -> Duration {
-    at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Seconds with all that a duration holds: a float would lose nanoseconds of a long time.
