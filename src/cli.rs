@@ -176,7 +176,7 @@ pub struct PodArgs {
     /// A table of images: what a container does whose image names none of its volumeMounts (docs/reference.md, Images).
     #[arg(long, env = "JIRIAF_IMAGES", value_parser = load_images, value_name = "FILE")]
     pub images: Option<Images>,
-    /// Which pods get user, mount and PID namespaces of their own: volumes at their absolute paths, own process ids, nothing
+    /// Which pods get user, mount, PID and UTS namespaces of their own: volumes at their absolute paths, own process ids, nothing
     /// of other pods. setuid programs do not work in them.
     #[arg(long, env = "JIRIAF_ISOLATION", value_enum, default_value = "none")]
     pub isolation: IsolationArg,

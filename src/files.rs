@@ -9,7 +9,7 @@ mod links;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -101,6 +101,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
         let _ = fs::remove_file(&temporary);
     }
     written
+}
+
+/// Whether an open file lies beneath a directory of this name, whatever links have led to it.
+#[must_use]
+pub fn lies_in(file: &impl AsRawFd, name: &str) -> bool {
+    let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    path.is_ok_and(|path| path.iter().any(|part| part == name))
+}
+
+/// The same of what a path leads to now.
+#[must_use]
+pub fn leads_into(path: &Path, name: &str) -> bool {
+    fs::canonicalize(path).is_ok_and(|path| path.iter().any(|part| part == name))
 }
 
 /// A directory beneath which pods' files are made.

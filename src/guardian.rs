@@ -40,6 +40,12 @@ const LAST_MOMENT: Duration = Duration::from_millis(250);
 /// than a batch system's kill wait allows for.
 const GIVE_UP_GRACE: Duration = Duration::from_secs(5);
 
+/// How often a pilot that cannot be started again is tried, and the pause between: less than a batch system's kill wait.
+const START_TRIES: u32 = 20;
+
+/// See [`START_TRIES`].
+const START_PAUSE: Duration = Duration::from_millis(250);
+
 /// A pilot that has said nothing for this long gets its signals all the same.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -196,8 +202,24 @@ impl Guardian {
     fn guard(&mut self, program: &Path, arguments: &[OsString]) -> io::Result<u8> {
         let mut restarts = 0u32;
         loop {
-            let mut pilot = start(program, arguments, restarts, self.asked.map(|(_, at)| at))?;
-            let status = self.watch(&mut pilot)?;
+            let mut started = start(program, arguments, restarts, self.asked.map(|(_, at)| at));
+            // What killed the pilot, such as a want of memory, may keep the next one from starting for a moment.
+            for _ in 0..START_TRIES {
+                if started.is_ok() || restarts == 0 {
+                    break;
+                }
+                std::thread::sleep(START_PAUSE);
+                started = start(program, arguments, restarts, self.asked.map(|(_, at)| at));
+            }
+            let watched = started.and_then(|mut pilot| self.watch(&mut pilot).map(|status| (pilot, status)));
+            let (pilot, status) = match watched {
+                Ok(watched) => watched,
+                Err(error) => {
+                    // Nobody is left who would end them.
+                    self.kill_all(GIVE_UP_GRACE);
+                    return Err(error);
+                }
+            };
             let code = match status {
                 Ended::Exit(code) => {
                     // What it leaves was detached by something that it ran.

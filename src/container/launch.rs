@@ -81,7 +81,7 @@ fn start_in_namespaces(
     let settings = isolation::settings(&launch).map_err(io("handing the settings on"))?;
     let own = match (&place, &launch.container_dir) {
         (Namespaces::New(view), Some(directory)) => {
-            make_log(&launch);
+            make_log(&launch, view.owner().as_deref());
             isolation::namespaces::separate(view)?;
             let open = |path: &Path| fs::File::open(path).map(OwnedFd::from);
             let (proc, own) = (open(Path::new("/proc")), open(directory));
@@ -131,10 +131,10 @@ pub fn become_program() -> ExitCode {
 }
 
 /// The log is there from the start, also for a container that says nothing. One that cannot be made holds nothing up.
-fn make_log(launch: &Launch) {
+fn make_log(launch: &Launch, owner: Option<&str>) {
     if let Some(path) = &launch.log {
-        let _ = log::open(path);
-        log::forget_old(path, LogLimits::default().files);
+        let _ = log::open(path, owner);
+        log::forget_old(path, LogLimits::default().files, owner);
     }
 }
 
@@ -209,7 +209,7 @@ fn become_container(
             what: format!("writing {}", pgid.display()),
             problem: error.to_string(),
         })?;
-        make_log(launch);
+        make_log(launch, None);
     }
     if let Some(adjustment) = launch.oom_score_adj {
         // Raising it needs no right; where it fails all the same, the container runs as it is.

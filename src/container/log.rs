@@ -14,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::files;
+
 /// Longest line in one entry.
 const LINE_BYTES: usize = 16 * 1024;
 
@@ -96,6 +98,7 @@ impl Shared {
 /// The log of one run of a container.
 pub struct Log {
     path: PathBuf,
+    owner: Option<String>,
     limits: LogLimits,
     shared: Arc<Shared>,
     writing: bool,
@@ -115,7 +118,20 @@ impl Log {
     /// A log at `path`; nothing is opened before the first output.
     #[must_use]
     pub fn new(path: PathBuf, limits: LogLimits) -> Self {
-        Self { path, limits, shared: Arc::default(), writing: false, partial: [Vec::new(), Vec::new()] }
+        Self {
+            path,
+            owner: None,
+            limits,
+            shared: Arc::default(),
+            writing: false,
+            partial: [Vec::new(), Vec::new()],
+        }
+    }
+
+    /// Writes only beneath a directory of this name, whatever links the container has put in the log's way.
+    #[must_use]
+    pub fn owned_by(self, owner: Option<String>) -> Self {
+        Self { owner, ..self }
     }
 
     /// Whether more output should be read now. False while the writer is busy, but true again when it hangs: the output
@@ -184,9 +200,12 @@ impl Log {
     }
 
     fn start_writer(&mut self) {
-        let (path, limits, shared) = (self.path.clone(), self.limits, Arc::clone(&self.shared));
+        let (path, owner) = (self.path.clone(), self.owner.clone());
+        let (limits, shared) = (self.limits, Arc::clone(&self.shared));
         let thread = std::thread::Builder::new().name("log".to_owned()).stack_size(STACK_BYTES);
-        match thread.spawn(move || write_all(&shared, &mut Files { path, limits, file: None, size: 0 })) {
+        match thread
+            .spawn(move || write_all(&shared, &mut Files { path, owner, limits, file: None, size: 0 }))
+        {
             Ok(_) => self.writing = true,
             Err(error) => self.shared.lock().error = Some(error.to_string()),
         }
@@ -271,6 +290,7 @@ fn write_all(shared: &Shared, files: &mut Files) {
 /// The files of a log.
 struct Files {
     path: PathBuf,
+    owner: Option<String>,
     limits: LogLimits,
     file: Option<File>,
     size: u64,
@@ -281,7 +301,7 @@ impl Files {
     fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             if self.file.is_none() {
-                let file = open(&self.path)?;
+                let file = open(&self.path, self.owner.as_deref())?;
                 let found = file.metadata()?;
                 self.size = found.len();
                 // A device or a pipe is never moved away: somebody else's it is, and endless.
@@ -319,10 +339,11 @@ impl Files {
     /// `n.log` becomes `n.log.1`, that becomes `n.log.2`, and the oldest goes.
     fn rotate(&mut self) {
         let numbered = |n: u32| PathBuf::from(format!("{}.{n}", self.path.display()));
-        for n in (1..self.limits.files.saturating_sub(1)).rev() {
+        let ours = is_ours(&self.path, self.owner.as_deref());
+        for n in (1..self.limits.files.saturating_sub(1)).rev().filter(|_| ours) {
             let _ = fs::rename(numbered(n), numbered(n + 1));
         }
-        let moved = self.limits.files > 1 && fs::rename(&self.path, numbered(1)).is_ok();
+        let moved = ours && self.limits.files > 1 && fs::rename(&self.path, numbered(1)).is_ok();
         // What cannot be moved is emptied: a log must not outgrow its limit.
         if !moved && let Some(file) = &self.file {
             let _ = file.set_len(0);
@@ -351,8 +372,16 @@ fn whole_entries(entries: &[u8], limit: usize) -> usize {
 ///
 /// # Errors
 /// When it cannot be opened.
-pub fn open(path: &Path) -> io::Result<File> {
-    let open = || OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+pub fn open(path: &Path, owner: Option<&str>) -> io::Result<File> {
+    let open = || {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        match owner {
+            Some(owner) if !files::lies_in(&file, owner) => {
+                Err(io::Error::other(format!("{} leads out of the pod's own directory", path.display())))
+            }
+            _ => Ok(file),
+        }
+    };
     match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(parent) = path.parent() {
@@ -366,7 +395,10 @@ pub fn open(path: &Path) -> io::Result<File> {
 
 /// Removes the log of the run that is [`RUNS`] before the one of this log: each start of a container removes one, so that
 /// one that is restarted for days has no more than that many.
-pub fn forget_old(path: &Path, files: u32) {
+pub fn forget_old(path: &Path, files: u32, owner: Option<&str>) {
+    if !is_ours(path, owner) {
+        return;
+    }
     let run = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
     let Some(old) = run.and_then(|run| run.checked_sub(RUNS)) else { return };
     let old = path.with_file_name(format!("{old}.log"));
@@ -376,9 +408,41 @@ pub fn forget_old(path: &Path, files: u32) {
     }
 }
 
+/// Whether a log's directory is where its owner's files are.
+fn is_ours(path: &Path, owner: Option<&str>) -> bool {
+    owner.is_none_or(|owner| path.parent().is_some_and(|directory| files::leads_into(directory, owner)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_of_an_owner_is_not_written_through_a_link_to_anothers() {
+        let root = tempfile::tempdir().unwrap();
+        let others = root.path().join("u-2/logs");
+        let ours = root.path().join("u-1/logs");
+        fs::create_dir_all(&others).unwrap();
+        fs::create_dir_all(ours.parent().unwrap()).unwrap();
+        fs::write(others.join("0.log"), "theirs").unwrap();
+        fs::write(others.join("7.log"), "").unwrap();
+        std::os::unix::fs::symlink(&others, &ours).unwrap();
+        let error = open(&ours.join("7.log"), Some("u-1")).unwrap_err();
+        assert!(error.to_string().contains("leads out of the pod's own directory"), "{error}");
+        forget_old(&ours.join("5.log"), 5, Some("u-1"));
+        let mut files = Files {
+            path: ours.join("0.log"),
+            owner: Some("u-1".to_owned()),
+            limits: LogLimits::default(),
+            file: None,
+            size: 0,
+        };
+        files.rotate();
+        assert!(files.append(b"line\n").is_err());
+        assert_eq!(fs::read_to_string(others.join("0.log")).unwrap(), "theirs");
+        fs::remove_file(&ours).unwrap();
+        assert!(open(&ours.join("7.log"), Some("u-1")).is_ok());
+    }
 
     #[test]
     fn a_container_that_is_restarted_for_days_keeps_the_logs_of_its_last_runs() {
@@ -387,7 +451,7 @@ mod tests {
         for run in 0..12 {
             fs::write(log(run), "x").unwrap();
             fs::write(dir.path().join(format!("{run}.log.1")), "x").unwrap();
-            forget_old(&log(run), 5);
+            forget_old(&log(run), 5, None);
         }
         let kept: Vec<bool> = (0..12).map(|run| log(run).exists()).collect();
         assert_eq!(kept.iter().filter(|kept| **kept).count(), RUNS as usize);
@@ -455,7 +519,8 @@ mod tests {
     fn rotation_cuts_no_entry_and_no_file_outgrows_its_limit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("logs/0.log");
-        let mut files = Files { path, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
+        let mut files =
+            Files { path, owner: None, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
         let all: String = (0..50).map(|n| format!("entry number {n:02}\nshort\n")).collect();
         files.append(all.as_bytes()).unwrap();
         let left: Vec<String> = fs::read_dir(dir.path().join("logs"))
@@ -490,7 +555,8 @@ mod tests {
     fn a_log_is_rotated_and_only_so_many_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("0.log");
-        let mut files = Files { path, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
+        let mut files =
+            Files { path, owner: None, limits: LogLimits { bytes: 100, files: 3 }, file: None, size: 0 };
         for n in 0..20 {
             files.append(format!("{n:>40}\n").as_bytes()).unwrap();
         }
@@ -506,7 +572,7 @@ mod tests {
         let path = dir.path().join("device");
         std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
         let limits = LogLimits { bytes: 10, files: 3 };
-        let mut files = Files { path: path.clone(), limits, file: None, size: 0 };
+        let mut files = Files { path: path.clone(), owner: None, limits, file: None, size: 0 };
         for _ in 0..5 {
             files.append(b"more than ten bytes\n").unwrap();
         }

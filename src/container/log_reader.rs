@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use nix::fcntl::OFlag;
 
+use crate::files;
+
 /// One read: enough that a system call and a thread's turn cost little beside it, and more than the longest entry.
 const READ_BYTES: usize = 64 * 1024;
 
@@ -135,6 +137,7 @@ fn parse(line: &[u8]) -> Option<Entry<'_>> {
 #[derive(Debug)]
 pub struct LogReader {
     path: PathBuf,
+    owner: Option<String>,
     current: Option<Current>,
     /// Where what was read last stands. Kept from one read to the next: a buffer of this size is the kernel's each time
     /// that it is made, and so are its pages.
@@ -154,16 +157,22 @@ impl LogReader {
     /// A reader that begins with the oldest file of the log at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, current: None, buffer: Vec::new() }
+        Self { path, owner: None, current: None, buffer: Vec::new() }
     }
 
-    /// A reader that begins with the file that has the first of the last `tail` lines, and how many lines of that file
+    /// Reads only what lies beneath a directory of this name, whatever links the container has put in its log's way.
+    #[must_use]
+    pub fn owned_by(self, owner: Option<String>) -> Self {
+        Self { owner, ..self }
+    }
+
+    /// The same, beginning with the file that has the first of the last `tail` lines, and how many lines of that file
     /// come before it.
     ///
     /// # Errors
     /// When a file that is there cannot be read.
-    pub fn at_tail(path: PathBuf, tail: u64) -> io::Result<(Self, u64)> {
-        let mut reader = Self::new(path);
+    pub fn at_tail(self, tail: u64) -> io::Result<(Self, u64)> {
+        let mut reader = self;
         let (mut wanted, mut skip) = (tail, 0);
         for (number, inode) in reader.inodes()? {
             let Some(mut file) = reader.open_inode(inode)? else { break };
@@ -261,7 +270,9 @@ impl LogReader {
             let Some((n, _)) = self.inodes()?.into_iter().find(|(_, inode)| *inode == wanted) else {
                 return Ok(None);
             };
-            if let Some(file) = open(&self.numbered(n))?.filter(|file| file.inode == wanted) {
+            if let Some(file) =
+                open(&self.numbered(n), self.owner.as_deref())?.filter(|file| file.inode == wanted)
+            {
                 return Ok(Some(file));
             }
         }
@@ -318,13 +329,16 @@ impl Current {
 }
 
 /// Opens a file of a log; none when there is none of this name.
-fn open(path: &Path) -> io::Result<Option<Current>> {
+fn open(path: &Path, owner: Option<&str>) -> io::Result<Option<Current>> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     match OpenOptions::new().read(true).custom_flags(flags.bits()).open(path) {
         Ok(file) => {
             let found = file.metadata()?;
             if !found.is_file() {
                 return Err(io::Error::other("it is no file any more"));
+            }
+            if owner.is_some_and(|owner| !files::lies_in(&file, owner)) {
+                return Err(io::Error::other("a link leads out of the pod's own directory"));
             }
             Ok(Some(Current { inode: found.ino(), file, offset: 0 }))
         }
@@ -417,7 +431,7 @@ mod tests {
         assert_eq!(String::from_utf8(shown).unwrap(), wanted);
         assert!(dir.path().join("0.log.3").exists());
         let tail = |lines: u64| {
-            let (mut reader, skip) = LogReader::at_tail(path.clone(), lines).unwrap();
+            let (mut reader, skip) = LogReader::new(path.clone()).at_tail(lines).unwrap();
             let mut formatter = Formatter::new(&LogOptions::default(), skip);
             let mut shown = Vec::new();
             while let Some(bytes) = reader.read().unwrap() {
@@ -439,7 +453,7 @@ mod tests {
         log.close(Output::Stdout, |_| {});
         let _ = log.finish(Duration::from_secs(10));
         for (tail, wanted) in [(1, "rest"), (2, "two\nrest"), (9, "one\ntwo\nrest")] {
-            let (mut reader, skip) = LogReader::at_tail(path.clone(), tail).unwrap();
+            let (mut reader, skip) = LogReader::new(path.clone()).at_tail(tail).unwrap();
             let mut shown = Vec::new();
             let mut formatter = Formatter::new(&LogOptions::default(), skip);
             while let Some(bytes) = reader.read().unwrap() {
@@ -485,7 +499,7 @@ mod tests {
         log.take(Output::Stdout, &[b'x'; 50_000], |_| {});
         log.take(Output::Stdout, b"\nend\n", |_| {});
         assert_eq!(log.finish(Duration::from_secs(5)).lost, 0);
-        let (_, skip) = LogReader::at_tail(path, 1).unwrap();
+        let (_, skip) = LogReader::new(path).at_tail(1).unwrap();
         assert_eq!(skip, 1);
     }
 

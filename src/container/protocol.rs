@@ -120,6 +120,15 @@ pub struct View {
     pub files: Vec<ViewFile>,
 }
 
+impl View {
+    /// The name of the pod's part of what is hidden: only there may what the pod calls its own be read and written for it.
+    /// It could put a link to another pod's files in its place.
+    #[must_use]
+    pub fn owner(&self) -> Option<String> {
+        self.shown.first()?.file_name()?.to_str().map(str::to_owned)
+    }
+}
+
 /// A file that is written for a container, in its directory, and appears over one of the host's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ViewFile {

@@ -1,7 +1,9 @@
 //! Which pods run in namespaces of their own, and what is hidden from them.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use k8s_openapi::api::core::v1::Pod;
 
 use super::network::Network;
 use crate::container::{View, ViewMount};
@@ -88,6 +90,12 @@ impl Isolation {
         }
     }
 
+    /// Whether this pod has namespaces of its own.
+    #[must_use]
+    pub fn isolates(&self, pod: &Pod) -> bool {
+        self.choose(pod.metadata.annotations.as_ref()) == Choice::Isolated
+    }
+
     /// What a container of an isolated pod sees. `shown` is what it keeps of what is hidden: its pod's own part.
     #[must_use]
     pub fn view(
@@ -109,12 +117,6 @@ impl Isolation {
             ids: None,
         }
     }
-}
-
-/// Where memory-backed volumes of all pods of this user are.
-#[must_use]
-pub fn memory_root() -> PathBuf {
-    Path::new("/dev/shm").join(format!("jiriaf-pilot-{}", nix::unistd::geteuid()))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use serde::{Deserialize, Serialize};
 
-use super::status::{State, Terminated};
+use super::status::{Ending, State, Terminated};
 use crate::files;
 
 /// The version of the files' form; a pilot of another form does not guess.
@@ -36,6 +36,9 @@ pub struct Record {
     pub containers: BTreeMap<String, ContainerRecord>,
     /// Its final status, once it has one: a terminal phase stays.
     pub last_status: Option<PodStatus>,
+    /// What becomes of it, whatever its containers say: it is being evicted, or was active too long.
+    #[serde(default)]
+    pub ending: Option<Ending>,
 }
 
 /// A container as this pilot has it.
@@ -98,6 +101,7 @@ impl Record {
             admitted,
             containers: BTreeMap::new(),
             last_status: None,
+            ending: None,
         }
     }
 

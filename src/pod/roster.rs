@@ -35,6 +35,8 @@ pub struct PodView {
     pub admitted: Timestamp,
     /// Its directory, once there is one.
     pub directory: Option<PathBuf>,
+    /// Whether its containers are isolated: what of it is read must lie in its own part of the store.
+    pub isolated: bool,
     /// Its containers, by name.
     pub containers: BTreeMap<String, ContainerView>,
 }

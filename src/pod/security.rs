@@ -1,7 +1,7 @@
 //! What a `securityContext` asks of a process node: refused where leaving it out would break silently what the Pod counts
 //! on, honoured where an unprivileged user can, ignored where nothing comes of it.
 //!
-//! Pure; admission asks [`check`]. docs/reference.md has the list of all fields.
+//! Pure; admission asks [`check`]. docs/reference-pod.md has the list of all fields.
 
 use std::collections::BTreeSet;
 use std::path::Path;

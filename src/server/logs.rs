@@ -149,8 +149,14 @@ pub async fn answer(
     };
     let path = log_path(directory, name, run);
     let (pieces, body) = Answer::pieces();
-    let source =
-        Source { uid, container: name.to_owned(), run, roster: Arc::clone(roster), watch: Arc::clone(watch) };
+    let source = Source {
+        uid,
+        isolated: view.isolated,
+        container: name.to_owned(),
+        run,
+        roster: Arc::clone(roster),
+        watch: Arc::clone(watch),
+    };
     tokio::spawn(async move {
         if let Err(error) = send(path.clone(), request, source, &pieces).await {
             tracing::warn!(path = %path.display(), %error, "a container's log could not be read");
@@ -170,6 +176,7 @@ pub fn log_path(directory: &Path, container: &str, run: u32) -> PathBuf {
 /// The run whose log is sent.
 struct Source {
     uid: String,
+    isolated: bool,
     container: String,
     run: u32,
     roster: Arc<Roster>,
@@ -192,12 +199,14 @@ async fn send(
 ) -> std::io::Result<()> {
     let lost = |error: tokio::task::JoinError| std::io::Error::other(error.to_string());
     let (tail, watch, follow) = (request.options.tail, Arc::clone(&source.watch), request.follow);
+    let owner = source.isolated.then(|| source.uid.clone());
     // Before the first read: what is written between that and the wait is told.
     let begin = reading_disk(move || {
         let changes = follow.then(|| watch.follow(path.parent().unwrap_or_else(|| Path::new("/"))));
+        let reader = LogReader::new(path).owned_by(owner);
         let (reader, skip) = match tail {
-            Some(tail) => LogReader::at_tail(path, tail)?,
-            None => (LogReader::new(path), 0),
+            Some(tail) => reader.at_tail(tail)?,
+            None => (reader, 0),
         };
         Ok::<_, std::io::Error>((reader, skip, changes))
     });

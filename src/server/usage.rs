@@ -203,6 +203,7 @@ mod tests {
             pod: serde_json::from_value(pod).unwrap(),
             admitted: Timestamp::UNIX_EPOCH,
             directory: None,
+            isolated: false,
             containers: containers.iter().map(container).collect(),
         })
     }

@@ -164,6 +164,52 @@ fn a_changed_image_outlives_a_crash_of_the_pilot_in_the_pre_stop_hook() {
 }
 
 #[test]
+fn a_crash_of_the_pilot_after_a_changed_image_leaves_the_new_run_alone() {
+    let namespace = Namespace::new("changed");
+    let (pilot, _site) = pilot(Options::new("changed"));
+    let runs = pilot.home.join("runs");
+    // Nothing but the image's change has the state written when the new run begins.
+    let container = shell("c1", &format!("echo run >>{}; exec sleep 1000", runs.display()));
+    namespace.pod_on(&pilot, "p", spec("Never", &[container]));
+    namespace.wait_phase("p", "Running", seconds(20));
+    set_image(&namespace, "c1", "busybox:2");
+    let second = |pod: &Value| {
+        let one = status(pod, "containerStatuses");
+        one["restartCount"] == 1 && one["state"]["running"].is_object()
+    };
+    wait_until("the new one runs", seconds(30), || namespace.pod("p").is_some_and(|pod| second(&pod)));
+    crash(&pilot);
+    namespace.pod_on(&pilot, "q", spec("Never", &[shell("c1", "exit 0")]));
+    namespace.wait_phase("q", "Succeeded", seconds(30));
+    let pod = namespace.pod("p").unwrap();
+    assert!(second(&pod) && pod["status"]["phase"] == "Running", "{:#}", pod["status"]);
+    assert_eq!(lines(&runs), 2);
+}
+
+#[test]
+fn a_pod_that_is_being_evicted_ends_so_after_a_crash_of_the_pilot() {
+    let namespace = Namespace::new("evicted");
+    let (pilot, _site) = pilot(Options::new("evicted"));
+    let (trapped, gate) = (pilot.home.join("trapped"), pilot.home.join("gate"));
+    // Its exit code alone would be a success.
+    let script = format!(
+        "trap 'echo >>{}; until [ -e {} ]; do sleep 0.05; done; exit 0' TERM; head -c 2M /dev/zero >small/x; sleep 1000 & wait",
+        trapped.display(),
+        gate.display()
+    );
+    let mut container = shell("c1", &script);
+    container["volumeMounts"] = json!([{"name": "small", "mountPath": "small"}]);
+    let mut spec = spec("Never", &[container]);
+    spec["volumes"] = json!([{"name": "small", "emptyDir": {"sizeLimit": "1Mi"}}]);
+    namespace.pod_on(&pilot, "p", spec);
+    wait_until("it is asked to end", seconds(40), || lines(&trapped) == 1);
+    crash(&pilot);
+    std::fs::write(&gate, "").unwrap();
+    let pod = namespace.wait_phase("p", "Failed", seconds(30));
+    assert_eq!(pod["status"]["reason"], "Evicted", "{:#}", pod["status"]);
+}
+
+#[test]
 fn a_deleted_pod_does_not_start_again_after_a_crash_of_the_pilot_while_the_api_server_is_away() {
     let namespace = Namespace::new("gone");
     let proxy = ApiProxy::start();

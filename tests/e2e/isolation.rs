@@ -260,6 +260,43 @@ fn a_pod_that_daemonizes_ends_with_its_script_and_sees_nothing_of_another_pod() 
 }
 
 #[test]
+fn links_of_a_pod_lead_the_pilot_to_no_other_pods_files() {
+    let namespace = Namespace::new("links");
+    let pilot = isolated("links");
+    namespace.of("secrets").create(&json!({"metadata": {"name": "s"}, "stringData": {"word": "hidden"}}));
+    namespace.config_map("q", &[("run.sh", "echo hidden; exec sleep 3600\n")]);
+    let mut other = container("c1", "q");
+    mount(&mut other, "s", "/etc/jiriaf-s");
+    let mut spec = pod_spec("Never", &[other]);
+    spec["volumes"].as_array_mut().unwrap().push(json!({"name": "s", "secret": {"secretName": "s"}}));
+    namespace.pod_on(&pilot, "q", spec);
+    namespace.wait_phase("q", "Running", seconds(30));
+    let volumes = std::fs::read_link(pilot.pod_directory("q").join("volumes")).unwrap();
+    let store = volumes.parent().unwrap().display();
+    let log = volumes.parent().unwrap().join("containers/c1/logs/0.log");
+    wait_until("it has said something", seconds(20), || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text.contains("hidden"))
+    });
+    assert_eq!(read(&volumes.join("s/word")), "hidden");
+    let before = read(&log);
+
+    let script = format!(
+        "ln -sfn {store}/volumes/s/word \"$JIRIAF_TERMINATION_LOG\"\nmv logs aside\nln -s {store}/containers/c1/logs logs\n\
+         echo more\nexit 1\n"
+    );
+    namespace.script_on(&pilot, "p", &script);
+    let pod = namespace.wait_phase("p", "Failed", seconds(30));
+    let end = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!((&end["exitCode"], &end["message"]), (&json!(1), &Value::Null), "{end:#}");
+    let mut command = Way::default().kubectl(&namespace.name);
+    let said = Kubectl::run(command.args(["logs", "p"]).stdin(Stdio::null()), seconds(60)).text();
+    assert!(!said.contains("hidden"), "{said}");
+    namespace.of("pods").delete("p", None);
+    namespace.wait_gone("p", seconds(60));
+    assert_eq!(read(&log), before, "its log is there, and has nothing of the other's");
+}
+
+#[test]
 fn a_pod_chooses_where_the_pilot_lets_it() {
     let namespace = Namespace::new("isoask");
     let pilot = Pilot::local(Options::new("isoask").arg("--isolation=annotation"), 600);

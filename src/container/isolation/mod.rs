@@ -96,15 +96,23 @@ impl Words {
                 Err(_) => self.open = false,
             }
         }
-        let Some(end) = self.text.iter().rposition(|byte| *byte == b'\n') else { return };
+        let Some(end) = self.text.iter().rposition(|byte| *byte == b'\n') else {
+            // No word of ours is so long, and the next one has to be heard.
+            if self.text.len() >= WORDS_BYTES {
+                self.text.clear();
+            }
+            return;
+        };
         let rest = self.text.split_off(end + 1);
         for word in std::mem::replace(&mut self.text, rest).split(|byte| *byte == b'\n') {
             match serde_json::from_slice(word) {
-                Ok(Word::Init(pid)) => self.init = Some(pid),
-                Ok(Word::Program(pid)) => self.program = Some(pid),
+                // Ours come before the program's first instruction. What comes later may be the program's, and would have
+                // others signalled or entered in its place.
+                Ok(Word::Init(pid)) if pid > 1 => drop(self.init.get_or_insert(pid)),
+                Ok(Word::Program(pid)) if pid > 1 => drop(self.program.get_or_insert(pid)),
                 Ok(Word::Exited(code)) => self.end = Some(WaitStatus::Exited(Pid::from_raw(0), code)),
                 Ok(Word::Killed(signal)) => self.end = Some(killed(signal)),
-                Err(_) => {}
+                Ok(Word::Init(_) | Word::Program(_)) | Err(_) => {}
             }
         }
     }
@@ -248,6 +256,24 @@ mod tests {
         assert_eq!((words.program, words.open), (Some(42), false));
         assert!(matches!(words.end, Some(WaitStatus::Signaled(_, Signal::SIGTERM, _))));
         assert!(matches!(killed(35), WaitStatus::Exited(_, 163)));
+    }
+
+    #[test]
+    fn what_the_program_says_in_our_place_changes_no_process_and_stops_no_word() {
+        let (mut words, theirs) = Words::new().unwrap();
+        let mut theirs = File::from(theirs);
+        theirs.write_all(b"{\"Program\":1}\n").unwrap();
+        Word::Init(41).say(theirs.as_fd());
+        Word::Program(42).say(theirs.as_fd());
+        theirs.write_all(b"{\"Program\":7}\n{\"Init\":8}\n").unwrap();
+        theirs.write_all(&[b'x'; WORDS_BYTES + 300]).unwrap();
+        words.hear();
+        words.hear();
+        assert_eq!((words.init, words.program), (Some(41), Some(42)));
+        theirs.write_all(b"\n").unwrap();
+        Word::Exited(3).say(theirs.as_fd());
+        words.hear();
+        assert!(matches!(words.end, Some(WaitStatus::Exited(_, 3))));
     }
 
     #[test]

@@ -69,11 +69,13 @@ impl Load {
 /// All addresses of the host.
 const ANY: &str = "0.0.0.0";
 
+/// Those of containers that are there for all of the pod's life (the scheduler's `util.GetHostPorts`).
 fn ports(spec: &PodSpec) -> impl Iterator<Item = HostPort> {
-    spec.containers.iter().flat_map(|container| container.ports.iter().flatten()).filter_map(|port| {
+    let lasting = containers::all(spec).filter(|(kind, _)| matches!(kind, Kind::Sidecar | Kind::Main));
+    lasting.flat_map(|(_, container)| container.into_owned().ports.unwrap_or_default()).filter_map(|port| {
         let number = port.host_port.filter(|number| *number > 0)?;
-        let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
-        let ip = port.host_ip.clone().filter(|ip| !ip.is_empty()).unwrap_or_else(|| ANY.to_owned());
+        let protocol = port.protocol.unwrap_or_else(|| "TCP".to_owned());
+        let ip = port.host_ip.filter(|ip| !ip.is_empty()).unwrap_or_else(|| ANY.to_owned());
         Some((protocol, ip, number))
     })
 }

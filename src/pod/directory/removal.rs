@@ -191,6 +191,10 @@ fn keep_logs(directory: &Path, marker: &Marker, kept: &Path, moved: &mut Vec<Pat
     let name = kept_name(&marker.namespace, &marker.name, &marker.uid);
     for container in entries(&directory.join("containers"))?.into_iter().flatten() {
         let container = container?;
+        // A link may lead to what is not the pod's.
+        if !container.file_type()?.is_dir() {
+            continue;
+        }
         for log in entries(&container.path().join("logs"))?.into_iter().flatten() {
             let log = log?;
             if !log.file_type()?.is_file() {

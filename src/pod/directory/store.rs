@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use super::{MARKER, Marker, make_kept};
+use super::{MARKER, Marker, make_kept, read_marker};
 use crate::files;
 
 /// Beneath the kept directory: where the pods' files are.
@@ -57,12 +57,12 @@ pub fn keep_in_store(directory: &Path, marker: &Marker, kept: &Path) -> io::Resu
     Ok(())
 }
 
-/// The directory in which a pod's `containers/` and `volumes/` are: the store, where its directory has our links to it.
+/// The directory in which a pod's `containers/` and `volumes/` are: the store, where it has one. Its directory's links are not
+/// asked: any pod of this user can change them.
 #[must_use]
 pub fn contents(directory: &Path, uid: &str, kept: &Path) -> PathBuf {
     let store = store(kept, uid);
-    let link = fs::read_link(directory.join(STORED[0]));
-    if link.is_ok_and(|target| target == store.join(STORED[0])) { store } else { directory.to_owned() }
+    if read_marker(&store).is_some_and(|marker| marker.uid == uid) { store } else { directory.to_owned() }
 }
 
 #[cfg(test)]

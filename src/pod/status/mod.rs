@@ -58,7 +58,7 @@ pub struct StatusInput<'a> {
 
 /// What is to become of a pod. While one of its containers runs, the phase does not change yet: a terminal
 /// phase says that nothing runs any more.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
     /// It was never started. `reason` and `message` as admission gave them; the message gets kubelet's
     /// prefix. With reason [`NODE_SHUTDOWN`] it gets a DisruptionTarget condition too, which kubelet lacks

@@ -60,11 +60,21 @@ pub(super) fn make(uid: &str, volume: &str, mode: u32) -> io::Result<PathBuf> {
     make_in(Path::new(SHM), uid, volume, mode)
 }
 
+/// Makes the directory in which all pods' volumes in memory are, where there is none. It stays: it hides what is in it from
+/// isolated pods, and one that is made anew would be hidden from none that runs.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn prepare() -> io::Result<PathBuf> {
+    prepare_in(Path::new(SHM))
+}
+
+fn prepare_in(shm: &Path) -> io::Result<PathBuf> {
+    parents_in(shm).into_iter().next().map_or_else(|| make_parent(shm), Ok)
+}
+
 fn make_in(shm: &Path, uid: &str, volume: &str, mode: u32) -> io::Result<PathBuf> {
-    let parent = match parents_in(shm).into_iter().next() {
-        Some(parent) => parent,
-        None => make_parent(shm)?,
-    };
+    let parent = prepare_in(shm)?;
     let pod = parent.join(plain(uid));
     files::private_dir(&pod).map_err(io::Error::other)?;
     let path = pod.join(volume);
@@ -119,8 +129,6 @@ fn remove_in(shm: &Path, uid: &str) -> io::Result<()> {
         {
             result = Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
         }
-        // Goes only when it is empty.
-        let _ = fs::remove_dir(parent);
     }
     result
 }
@@ -172,7 +180,9 @@ mod tests {
         remove_in(shm.path(), "u-1").unwrap();
         assert!(!made.exists() && shm.path().join(prefix()).join("u-2/v").exists());
         remove_in(shm.path(), "u-2").unwrap();
-        assert_eq!(fs::read_dir(shm.path()).unwrap().count(), 0, "nothing is left");
+        let left: Vec<_> = fs::read_dir(shm.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, [prefix().as_str()], "their directory stays, and hides what comes");
+        assert_eq!(fs::read_dir(shm.path().join(prefix())).unwrap().count(), 0);
     }
 
     #[test]

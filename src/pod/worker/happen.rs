@@ -167,6 +167,7 @@ impl Worker {
         let (Some(record), Some(container)) = (self.record.containers.get_mut(&name), found) else { return };
         // A run of before a crash of the pilot goes on as it stood.
         let goes_on = matches!(&record.state, State::Running { id: before, .. } if *before == id);
+        let again = record.again;
         record.state = State::Running { started_at, id };
         if !goes_on {
             record.started = container.startup_probe.is_none();
@@ -192,7 +193,7 @@ impl Worker {
             let probed =
                 subject.container.startup_probe.is_some() || subject.container.readiness_probe.is_some();
             self.containers[index].probes = probe::spawn(subject, self.reports_tx.clone());
-            if (hooked || probed) && !goes_on {
+            if (hooked || probed || again) && !goes_on {
                 self.save();
             }
         }

@@ -96,6 +96,7 @@ impl Worker {
                 pod,
                 admitted: self.record.admitted,
                 directory: self.record.directory.clone(),
+                isolated: self.context.policy.isolation.isolates(&self.record.pod),
                 containers: self.containers.iter().map(view).collect(),
             },
         );

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::prepare::{self, Attempt, Prepared};
 use super::run::Order;
 use super::state::{is_over, unknown_end, waiting};
-use super::stop::Why;
+use super::stop::{Stop, Why};
 use super::termination::LastWord;
 use super::{ANNOUNCE_AFTER, PREPARE_FIRST, PREPARE_MOST, Start, Worker, deletion_grace, own_grace};
 use super::{order, run, spec};
@@ -33,7 +33,17 @@ impl Worker {
                 self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
                 self.prepare();
             }
-            Start::Resumed(supervisors) => self.resume(supervisors),
+            Start::Resumed(supervisors) => {
+                let ending = self.record.ending.clone();
+                let (stops, grace) = (ending.is_some(), own_grace(&self.record.pod));
+                if stops {
+                    self.stop = Some(Stop { gone: false, ending, kill_at: Instant::now() + grace });
+                }
+                self.resume(supervisors);
+                if stops {
+                    self.end_runs(grace, false);
+                }
+            }
         }
         if self.record.pod.metadata.deletion_timestamp.is_some() {
             self.stop_for(Why::Deleted, deletion_grace(&self.record.pod));
@@ -66,10 +76,22 @@ impl Worker {
                 _ => tracing::debug!(container = %id, "a supervisor of an earlier run is let go"),
             }
         }
+        // Their supervisors will tell that they run; until then the API server has the truth.
+        let runs = |container: &super::Container| {
+            let record = self.record.containers.get(&container.name);
+            record.is_some_and(|record| matches!(record.state, State::Running { .. }))
+        };
+        if self.containers.iter().any(|container| container.run.is_some() && !runs(container)) {
+            self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
+        }
         // The order to end may have died with the pilot, while it waited for a preStop hook.
         for container in &self.containers {
             if let Some(orders) = container.run.as_ref()
-                && self.record.containers.get(&container.name).is_some_and(|record| record.again)
+                && self
+                    .record
+                    .containers
+                    .get(&container.name)
+                    .is_some_and(|record| record.again && matches!(record.state, State::Running { .. }))
             {
                 let _ =
                     orders.try_send(Order::Terminate { grace: own_grace(&self.record.pod), waits: false });
@@ -310,7 +332,9 @@ impl Worker {
         let last_word = self.record.directory.as_ref().and_then(|directory| {
             let own = directory.join("containers").join(&name);
             let log = own.join("logs").join(format!("{restart}.log"));
-            containers::find(&pod, &name).map(|(_, container)| LastWord::of(&container, &own, log))
+            let owner = self.context.policy.isolation.isolates(&pod).then(|| self.record.uid().to_owned());
+            let found = containers::find(&pod, &name);
+            found.map(|(_, container)| LastWord::of(&container, &own, log).owned_by(owner))
         });
         let post_start = Hook::post_start(&pod, &name).filter(|_| !ran);
         let pre_stop = Hook::pre_stop(&pod, &name);

@@ -69,6 +69,16 @@ impl Worker {
         if !first && !shorter {
             return;
         }
+        // After a crash its containers' exit codes must not decide.
+        if first && let Some(ending @ Ending::Failed { .. }) = &stop.ending {
+            self.record.ending = Some(ending.clone());
+            self.save();
+        }
+        self.end_runs(grace, first);
+    }
+
+    /// Has all containers that run end within `grace`, each when its turn comes, and none start again.
+    pub(super) fn end_runs(&mut self, grace: Duration, tell: bool) {
         // A preparation that is under way is waited for: it may have made the pod's directory.
         self.prepare_at = None;
         self.announce_at = None;
@@ -81,7 +91,7 @@ impl Worker {
             if let Some(orders) = &container.run {
                 // The channel holds more orders than a pod's life gives; one that is full has its Terminate already.
                 let _ = orders.try_send(Order::Terminate { grace, waits: !turns.contains(&index) });
-                if first {
+                if tell {
                     let text = format!("Stopping container {}", container.name);
                     let name = Some(container.name.as_str());
                     self.context.events.record(

@@ -13,6 +13,7 @@ use k8s_openapi::api::core::v1::Container;
 use nix::fcntl::OFlag;
 
 use crate::container::log_reader::{Formatter, LogOptions, LogReader};
+use crate::files;
 use crate::pod::context::on_disk;
 
 /// The file in a container's directory that is its termination message, wherever `terminationMessagePath` is: a
@@ -38,6 +39,8 @@ pub struct LastWord {
     files: Vec<PathBuf>,
     /// The log that counts where the files say nothing and the container failed (`FallbackToLogsOnError`).
     log: Option<PathBuf>,
+    /// Of an isolated pod: the directory, by name, beneath which all of that must lie. It may have put links there.
+    owner: Option<String>,
 }
 
 impl LastWord {
@@ -54,13 +57,24 @@ impl LastWord {
             files.push(directory.join(inner));
         }
         let falls_back = container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError");
-        Self { files, log: falls_back.then_some(log) }
+        Self { files, log: falls_back.then_some(log), owner: None }
+    }
+
+    /// Reads and removes only what lies beneath a directory of this name.
+    #[must_use]
+    pub fn owned_by(self, owner: Option<String>) -> Self {
+        Self { owner, ..self }
     }
 
     /// Forgets what an earlier run has left.
     pub async fn clear(&self) {
-        let files = self.files.clone();
-        let removal = on_disk(move || files.iter().for_each(|file| drop(fs::remove_file(file))));
+        let Self { files, owner, .. } = self.clone();
+        let is_ours = move |file: &&PathBuf| {
+            let directory = file.parent().unwrap_or_else(|| Path::new("/"));
+            owner.as_ref().is_none_or(|owner| files::leads_into(directory, owner))
+        };
+        let removal =
+            on_disk(move || files.iter().filter(is_ours).for_each(|file| drop(fs::remove_file(file))));
         let _ = tokio::time::timeout(READ_LIMIT, removal).await;
     }
 
@@ -71,18 +85,22 @@ impl LastWord {
     }
 
     fn read_now(&self, exit_code: i32) -> String {
-        let message = self.files.iter().find_map(|file| message(file)).unwrap_or_default();
+        let owner = self.owner.as_deref();
+        let message = self.files.iter().find_map(|file| message(file, owner)).unwrap_or_default();
         match &self.log {
-            Some(log) if message.is_empty() && exit_code != 0 => end_of_log(log),
+            Some(log) if message.is_empty() && exit_code != 0 => end_of_log(log, self.owner.clone()),
             _ => message,
         }
     }
 }
 
 /// The end of a file. A container may have put anything there: what is no regular file is none, and is not waited for.
-fn message(path: &Path) -> Option<String> {
+fn message(path: &Path, owner: Option<&str>) -> Option<String> {
     let mut file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).ok()?;
     let found = file.metadata().ok().filter(fs::Metadata::is_file)?;
+    if owner.is_some_and(|owner| !files::lies_in(&file, owner)) {
+        return None;
+    }
     let begin = found.len().saturating_sub(MESSAGE_BYTES);
     file.seek(SeekFrom::Start(begin)).ok()?;
     let mut bytes = Vec::new();
@@ -90,8 +108,9 @@ fn message(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn end_of_log(path: &Path) -> String {
-    let Ok((mut reader, skip)) = LogReader::at_tail(path.to_owned(), LOG_LINES) else { return String::new() };
+fn end_of_log(path: &Path, owner: Option<String>) -> String {
+    let reader = LogReader::new(path.to_owned()).owned_by(owner);
+    let Ok((mut reader, skip)) = reader.at_tail(LOG_LINES) else { return String::new() };
     let mut formatter = Formatter::new(&LogOptions::default(), skip);
     let mut shown = Vec::new();
     while let Ok(Some(bytes)) = reader.read() {

@@ -50,6 +50,7 @@ mod tests {
             pod: serde_json::from_value(pod).unwrap(),
             admitted: jiff::Timestamp::UNIX_EPOCH,
             directory: None,
+            isolated: false,
             containers: [("c".to_owned(), container)].into(),
         };
         let text = render(&[Arc::new(view)]);

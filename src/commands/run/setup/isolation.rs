@@ -4,10 +4,9 @@ use std::path::Path;
 
 use crate::cli::PodArgs;
 use crate::container;
-use crate::files;
 use crate::pod::context::{Places, on_disk};
 use crate::pod::directory;
-use crate::pod::isolation::{Isolation, Mode, memory_root};
+use crate::pod::isolation::{Isolation, Mode};
 use crate::pod::volumes;
 
 /// What `--isolation` comes to on this host, which is tried once. Where it is not permitted everything works as without it.
@@ -26,15 +25,13 @@ pub(in crate::commands) async fn isolation(args: &PodArgs, places: &Places, stat
         ),
         None => tracing::info!(?mode, "pods can have namespaces of their own"),
     }
-    let memory = memory_root();
     // What is not there cannot be hidden, and a later pod may make it.
     if problem.is_none()
-        && let Err(error) = files::private_dir(&memory)
+        && let Err(error) = volumes::memory::prepare()
     {
         tracing::warn!(%error, "isolated pods may see the memory-backed volumes of others");
     }
-    let mut hidden = vec![places.pods.join(directory::KEPT), state_dir.to_owned(), memory];
-    // Where another user has taken the usual name.
+    let mut hidden = vec![places.pods.join(directory::KEPT), state_dir.to_owned()];
     hidden.extend(volumes::memory::parents());
     hidden.dedup();
     // Other pilots of this user have theirs beside it.
