@@ -873,6 +873,7 @@ async fn the_cost_of_a_start() {
         ids: None,
         hostname: Some("p".into()),
         files: vec![hosts("# head\n", "")],
+        owner: None,
     };
     let cases = [
         ("without", None),

@@ -81,7 +81,7 @@ fn start_in_namespaces(
     let settings = isolation::settings(&launch).map_err(io("handing the settings on"))?;
     let own = match (&place, &launch.container_dir) {
         (Namespaces::New(view), Some(directory)) => {
-            make_log(&launch, view.owner().as_deref());
+            make_log(&launch, view.owner.as_deref());
             isolation::namespaces::separate(view)?;
             let open = |path: &Path| fs::File::open(path).map(OwnedFd::from);
             let (proc, own) = (open(Path::new("/proc")), open(directory));

@@ -118,15 +118,10 @@ pub struct View {
     /// Files that are written at each start.
     #[serde(default)]
     pub files: Vec<ViewFile>,
-}
-
-impl View {
-    /// The name of the pod's part of what is hidden: only there may what the pod calls its own be read and written for it.
-    /// It could put a link to another pod's files in its place.
-    #[must_use]
-    pub fn owner(&self) -> Option<String> {
-        self.shown.first()?.file_name()?.to_str().map(str::to_owned)
-    }
+    /// The name of a directory, wherever it is: only beneath it may what the container calls its own be written for it. It could
+    /// put a link to another pod's files in the log's place.
+    #[serde(default)]
+    pub owner: Option<String>,
 }
 
 /// A file that is written for a container, in its directory, and appears over one of the host's.

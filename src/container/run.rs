@@ -18,7 +18,7 @@ use super::log::{Log, Output};
 use super::output::{Outputs, Sink};
 use super::peer::set_nonblocking;
 use super::protocol::{
-    ContainerSpec, End, Event, Launch, Namespaces, Session, StartError, Stdin, Stdio, View, line,
+    ContainerSpec, End, Event, Launch, Namespaces, Session, StartError, Stdin, Stdio, line,
 };
 use super::sessions::name_terminal;
 use super::{descriptors, process, terminal};
@@ -136,7 +136,7 @@ impl Running {
     /// Gives the third stage what it is to become.
     pub(super) fn start(launcher: Launcher, spec: ContainerSpec) -> io::Result<Self> {
         let pid = launcher.pid;
-        let owner = spec.view.as_ref().and_then(View::owner);
+        let owner = spec.view.as_ref().and_then(|view| view.owner.clone());
         let log = Log::new(spec.log.clone(), spec.log_limits).owned_by(owner);
         let surroundings = Surroundings {
             env: spec.env.clone(),

@@ -115,6 +115,7 @@ impl Isolation {
             // One that is relative lies in the container's directory anyway.
             termination_log: Some(PathBuf::from(path)).filter(|path| path.is_absolute()),
             ids: None,
+            owner: None,
         }
     }
 }

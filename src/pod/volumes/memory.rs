@@ -180,7 +180,8 @@ mod tests {
         remove_in(shm.path(), "u-1").unwrap();
         assert!(!made.exists() && shm.path().join(prefix()).join("u-2/v").exists());
         remove_in(shm.path(), "u-2").unwrap();
-        let left: Vec<_> = fs::read_dir(shm.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(shm.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [prefix().as_str()], "their directory stays, and hides what comes");
         assert_eq!(fs::read_dir(shm.path().join(prefix())).unwrap().count(), 0);
     }

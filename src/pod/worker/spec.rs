@@ -148,6 +148,7 @@ pub fn spec(
         let us = security::Us::now();
         let ids = security::ids(pod, container, us);
         View {
+            owner: Some(uid.to_owned()),
             ids: (ids != Ids { user: us.user, group: us.group }).then_some((ids.user, ids.group)),
             ..context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path, network)
         }
