@@ -266,8 +266,9 @@ fn links_of_a_pod_lead_the_pilot_to_no_other_pods_files() {
     namespace.of("secrets").create(&json!({"metadata": {"name": "s"}, "stringData": {"word": "hidden"}}));
     namespace.config_map("q", &[("run.sh", "echo hidden; exec sleep 3600\n")]);
     let mut other = container("c1", "q");
+    let mut spec = pod_spec("Never", &[other.clone()]);
     mount(&mut other, "s", "/etc/jiriaf-s");
-    let mut spec = pod_spec("Never", &[other]);
+    spec["containers"] = json!([other]);
     spec["volumes"].as_array_mut().unwrap().push(json!({"name": "s", "secret": {"secretName": "s"}}));
     namespace.pod_on(&pilot, "q", spec);
     namespace.wait_phase("q", "Running", seconds(30));
