@@ -103,17 +103,27 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     written
 }
 
-/// Whether an open file lies beneath a directory of this name, whatever links have led to it.
+/// A uid as the name of a file or directory: one that came from a file or the API server is no path.
 #[must_use]
-pub fn lies_in(file: &impl AsRawFd, name: &str) -> bool {
+pub fn uid_name(uid: &str) -> String {
+    uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect()
+}
+
+/// Whether an open file lies beneath a directory of this name, whatever links have led to it; without a name it may lie
+/// anywhere.
+#[must_use]
+pub fn lies_in(file: &impl AsRawFd, name: Option<&str>) -> bool {
+    let Some(name) = name else { return true };
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
     path.is_ok_and(|path| path.iter().any(|part| part == name))
 }
 
-/// The same of what a path leads to now.
+/// The same of the directory that a path's file is in now.
 #[must_use]
-pub fn leads_into(path: &Path, name: &str) -> bool {
-    fs::canonicalize(path).is_ok_and(|path| path.iter().any(|part| part == name))
+pub fn leads_into(path: &Path, name: Option<&str>) -> bool {
+    let Some(name) = name else { return true };
+    let directory = path.parent().and_then(|directory| fs::canonicalize(directory).ok());
+    directory.is_some_and(|path| path.iter().any(|part| part == name))
 }
 
 /// A directory beneath which pods' files are made.

@@ -202,24 +202,10 @@ impl Guardian {
     fn guard(&mut self, program: &Path, arguments: &[OsString]) -> io::Result<u8> {
         let mut restarts = 0u32;
         loop {
-            let mut started = start(program, arguments, restarts, self.asked.map(|(_, at)| at));
-            // What killed the pilot, such as a want of memory, may keep the next one from starting for a moment.
-            for _ in 0..START_TRIES {
-                if started.is_ok() || restarts == 0 {
-                    break;
-                }
-                std::thread::sleep(START_PAUSE);
-                started = start(program, arguments, restarts, self.asked.map(|(_, at)| at));
-            }
+            let started = self.start(program, arguments, restarts);
             let watched = started.and_then(|mut pilot| self.watch(&mut pilot).map(|status| (pilot, status)));
-            let (pilot, status) = match watched {
-                Ok(watched) => watched,
-                Err(error) => {
-                    // Nobody is left who would end them.
-                    self.kill_all(GIVE_UP_GRACE);
-                    return Err(error);
-                }
-            };
+            // Nobody is left who would end the pods.
+            let (pilot, status) = watched.inspect_err(|_| self.kill_all(GIVE_UP_GRACE))?;
             let code = match status {
                 Ended::Exit(code) => {
                     // What it leaves was detached by something that it ran.
@@ -259,6 +245,18 @@ impl Guardian {
                 self.pending.push(signal);
             }
             say!("warning: the pilot crashed ({code}); it is started again, its pods go on");
+        }
+    }
+
+    /// What killed the pilot, such as a want of memory, may keep the next one from starting for a moment.
+    fn start(&self, program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pilot> {
+        let mut again = if restarts == 0 { 0 } else { START_TRIES };
+        loop {
+            match start(program, arguments, restarts, self.asked.map(|(_, at)| at)) {
+                Err(_) if again > 0 => std::thread::sleep(START_PAUSE),
+                done => return done,
+            }
+            again -= 1;
         }
     }
 

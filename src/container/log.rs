@@ -339,7 +339,7 @@ impl Files {
     /// `n.log` becomes `n.log.1`, that becomes `n.log.2`, and the oldest goes.
     fn rotate(&mut self) {
         let numbered = |n: u32| PathBuf::from(format!("{}.{n}", self.path.display()));
-        let ours = is_ours(&self.path, self.owner.as_deref());
+        let ours = files::leads_into(&self.path, self.owner.as_deref());
         for n in (1..self.limits.files.saturating_sub(1)).rev().filter(|_| ours) {
             let _ = fs::rename(numbered(n), numbered(n + 1));
         }
@@ -375,12 +375,10 @@ fn whole_entries(entries: &[u8], limit: usize) -> usize {
 pub fn open(path: &Path, owner: Option<&str>) -> io::Result<File> {
     let open = || {
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        match owner {
-            Some(owner) if !files::lies_in(&file, owner) => {
-                Err(io::Error::other(format!("{} leads out of the pod's own directory", path.display())))
-            }
-            _ => Ok(file),
+        if !files::lies_in(&file, owner) {
+            return Err(io::Error::other(format!("{} leads out of the pod's own directory", path.display())));
         }
+        Ok(file)
     };
     match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -396,7 +394,7 @@ pub fn open(path: &Path, owner: Option<&str>) -> io::Result<File> {
 /// Removes the log of the run that is [`RUNS`] before the one of this log: each start of a container removes one, so that
 /// one that is restarted for days has no more than that many.
 pub fn forget_old(path: &Path, files: u32, owner: Option<&str>) {
-    if !is_ours(path, owner) {
+    if !files::leads_into(path, owner) {
         return;
     }
     let run = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
@@ -406,11 +404,6 @@ pub fn forget_old(path: &Path, files: u32, owner: Option<&str>) {
     for n in 1..files {
         let _ = fs::remove_file(format!("{}.{n}", old.display()));
     }
-}
-
-/// Whether a log's directory is where its owner's files are.
-fn is_ours(path: &Path, owner: Option<&str>) -> bool {
-    owner.is_none_or(|owner| path.parent().is_some_and(|directory| files::leads_into(directory, owner)))
 }
 
 #[cfg(test)]

@@ -171,14 +171,13 @@ impl LogReader {
     ///
     /// # Errors
     /// When a file that is there cannot be read.
-    pub fn at_tail(self, tail: u64) -> io::Result<(Self, u64)> {
-        let mut reader = self;
+    pub fn at_tail(mut self, tail: u64) -> io::Result<(Self, u64)> {
         let (mut wanted, mut skip) = (tail, 0);
-        for (number, inode) in reader.inodes()? {
-            let Some(mut file) = reader.open_inode(inode)? else { break };
+        for (number, inode) in self.inodes()? {
+            let Some(mut file) = self.open_inode(inode)? else { break };
             let (mut lines, mut open) = (0, false);
-            while let Some(length) = file.read(&mut reader.buffer)? {
-                let entries = &reader.buffer[..length];
+            while let Some(length) = file.read(&mut self.buffer)? {
+                let entries = &self.buffer[..length];
                 lines += count_lines(entries);
                 let last =
                     entries.strip_suffix(b"\n").unwrap_or(entries).rsplit(|byte| *byte == b'\n').next();
@@ -187,14 +186,14 @@ impl LogReader {
             // What stands at the end without a line end is a line too.
             lines += u64::from(open && number == 0);
             file.offset = 0;
-            reader.current = Some(file);
+            self.current = Some(file);
             skip = lines.saturating_sub(wanted);
             wanted = wanted.saturating_sub(lines);
             if wanted == 0 {
                 break;
             }
         }
-        Ok((reader, skip))
+        Ok((self, skip))
     }
 
     /// Reads the next piece, of whole entries; none at the log's end, for now.
@@ -337,7 +336,7 @@ fn open(path: &Path, owner: Option<&str>) -> io::Result<Option<Current>> {
             if !found.is_file() {
                 return Err(io::Error::other("it is no file any more"));
             }
-            if owner.is_some_and(|owner| !files::lies_in(&file, owner)) {
+            if !files::lies_in(&file, owner) {
                 return Err(io::Error::other("a link leads out of the pod's own directory"));
             }
             Ok(Some(Current { inode: found.ino(), file, offset: 0 }))

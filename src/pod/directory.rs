@@ -37,6 +37,18 @@ const KEPT_NAME_MOST: usize = 119;
 /// Where the files that a pod wrote into the home directory are listed, in the pod's directory.
 pub const HOME_FILES: &str = ".home-files";
 
+/// A container's directory, beneath its pod's.
+#[must_use]
+pub fn container_dir(directory: &Path, container: &str) -> PathBuf {
+    directory.join("containers").join(container)
+}
+
+/// The log of one run of a container.
+#[must_use]
+pub fn log_path(directory: &Path, container: &str, run: u32) -> PathBuf {
+    container_dir(directory, container).join("logs").join(format!("{run}.log"))
+}
+
 /// A marker is some hundred bytes; anything larger is not ours.
 const MARKER_BYTES: u64 = 64 * 1024;
 

@@ -129,9 +129,7 @@ impl Records {
     }
 
     fn path(&self, uid: &str) -> PathBuf {
-        // A uid comes from the API server; nothing of it may leave the directory.
-        let safe: String = uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
-        self.directory.join(format!("{safe}.json"))
+        self.directory.join(format!("{}.json", files::uid_name(uid)))
     }
 
     /// Writes one record, whole or not at all.

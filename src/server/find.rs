@@ -116,9 +116,7 @@ pub fn run(roster: &Roster, path: &PodPath, container: &str, attach: bool) -> Re
         return Err(missing("the pod of this name has another uid"));
     }
     let view = joined(roster, path)?;
-    let running = |c: &crate::pod::roster::ContainerView| {
-        c.run.clone().filter(|_| matches!(c.state, crate::pod::status::State::Running { .. }))
-    };
+    let running = |c: &crate::pod::roster::ContainerView| c.run.clone().filter(|_| c.state.is_running());
     view.containers.get(container).and_then(running).ok_or_else(|| {
         missing(if has(&view, container) { "it does not run" } else { "the pod has no such container" })
     })

@@ -15,6 +15,7 @@ use super::find::Refused;
 use crate::container::log_reader::{Formatter, LogOptions, LogReader};
 use crate::container::log_watch::LogWatch;
 use crate::pod::context::reading_disk;
+use crate::pod::directory::log_path;
 use crate::pod::roster::{ContainerView, PodView, Roster};
 use crate::pod::status::{State, container_id};
 
@@ -165,12 +166,6 @@ pub async fn answer(
     let mut response = text(StatusCode::OK, String::new());
     *response.body_mut() = body;
     Ok(response)
-}
-
-/// The log of one run of a container.
-#[must_use]
-pub fn log_path(directory: &Path, container: &str, run: u32) -> PathBuf {
-    directory.join("containers").join(container).join("logs").join(format!("{run}.log"))
 }
 
 /// The run whose log is sent.

@@ -12,7 +12,6 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
 use super::body::{Answer, text, typed};
-use super::logs::log_path;
 use super::metrics::host::{Disk, Network, Processes};
 use super::metrics::summary::{Extra, summary};
 use super::metrics::{CONTENT_TYPE, Snapshot, probes, resource};
@@ -22,8 +21,8 @@ use crate::allocation::Deadline;
 use crate::node::Timing;
 use crate::pilot_metrics::{Now, PilotMetrics};
 use crate::pod::context::reading_disk;
+use crate::pod::directory::log_path;
 use crate::pod::roster::{PodView, Roster};
-use crate::pod::status::State;
 
 /// How long the figures of the pods' file system are waited for.
 const DISK_LIMIT: Duration = Duration::from_millis(500);
@@ -273,7 +272,7 @@ fn phase(view: &PodView) -> &str {
 }
 
 fn is_running(view: &PodView) -> bool {
-    view.containers.values().any(|container| matches!(container.state, State::Running { .. }))
+    view.containers.values().any(|container| container.state.is_running())
 }
 
 fn moment(at: SystemTime) -> String {

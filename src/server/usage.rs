@@ -9,6 +9,7 @@ use super::metrics::{ContainerUsage, Counted, PodUsage, Snapshot};
 use crate::allocation::Roots;
 use crate::allocation::usage::JobMeter;
 use crate::container::usage::{Meter, PgidFiles, Rate, Target, Usage, sample};
+use crate::pod::directory::container_dir;
 use crate::pod::roster::PodView;
 use crate::pod::status::State;
 
@@ -143,7 +144,7 @@ impl Usages {
                 let supervisor =
                     view.containers.get(name).and_then(|c| c.run.as_ref()).map_or(0, |r| r.supervisor);
                 let directory = view.directory.as_deref().unwrap_or_else(|| Path::new("/nonexistent"));
-                let directory = directory.join("containers").join(name);
+                let directory = container_dir(directory, name);
                 lent.push((
                     pod.uid.clone(),
                     name.to_owned(),

@@ -134,10 +134,9 @@ pub fn remove_home_files(directory: &Path, home: &Path) -> io::Result<()> {
     files::Root::open(home)?.remove_own(&list)
 }
 
-/// The name of a directory that is being removed; a uid that came from a file is no path.
+/// The name of a directory that is being removed.
 fn trash_name(uid: &str) -> String {
-    let plain: String = uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
-    format!("{TRASH}{plain}")
+    format!("{TRASH}{}", files::uid_name(uid))
 }
 
 /// Renames the directory to where no pod is given one, into the kept directory, or beside itself where that is another

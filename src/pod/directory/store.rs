@@ -17,11 +17,10 @@ const STORE: &str = "store";
 /// What lies in the store.
 const STORED: [&str; 2] = ["containers", "volumes"];
 
-/// Where the files of a pod are when they are stored. A uid that came from a file is no path.
+/// Where the files of a pod are when they are stored.
 #[must_use]
 pub fn store(kept: &Path, uid: &str) -> PathBuf {
-    let plain: String = uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
-    kept.join(STORE).join(plain)
+    kept.join(STORE).join(files::uid_name(uid))
 }
 
 /// Stores the files of a pod whose directory was just made. One that has files already stays as it is.

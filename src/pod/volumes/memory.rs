@@ -75,7 +75,7 @@ fn prepare_in(shm: &Path) -> io::Result<PathBuf> {
 
 fn make_in(shm: &Path, uid: &str, volume: &str, mode: u32) -> io::Result<PathBuf> {
     let parent = prepare_in(shm)?;
-    let pod = parent.join(plain(uid));
+    let pod = parent.join(files::uid_name(uid));
     files::private_dir(&pod).map_err(io::Error::other)?;
     let path = pod.join(volume);
     match fs::create_dir(&path) {
@@ -117,7 +117,7 @@ pub fn remove(uid: &str) -> io::Result<()> {
 }
 
 fn remove_in(shm: &Path, uid: &str) -> io::Result<()> {
-    let name = plain(uid);
+    let name = files::uid_name(uid);
     if name.is_empty() {
         return Ok(());
     }
@@ -151,11 +151,6 @@ fn remove_tree(path: &Path) -> io::Result<()> {
         }
         done => done,
     }
-}
-
-/// A uid that came from a file or the API server is no path.
-fn plain(uid: &str) -> String {
-    uid.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect()
 }
 
 #[cfg(test)]

@@ -25,11 +25,12 @@ mod write;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::Pod;
 
 use super::containers;
+use super::directory::container_dir;
 use super::environment::{Facts, Objects};
 pub use hostpath::HostPath;
 pub use planner::{Ground, plan, sub_paths};
@@ -295,12 +296,6 @@ pub fn absolute(place: &Place, container: &str, ground: &Ground<'_>) -> PathBuf 
         Root::Memory => ground.directory.join(VOLUMES).join(&place.path),
         Root::Home => ground.home.join(&place.path),
     }
-}
-
-/// A container's directory.
-#[must_use]
-pub fn container_dir(directory: &Path, container: &str) -> PathBuf {
-    directory.join("containers").join(container)
 }
 
 /// The directory of the pod's that holds its volumes.

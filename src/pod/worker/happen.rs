@@ -267,7 +267,7 @@ impl Worker {
         let mut all = self.containers.iter().filter(|container| container.kind == Kind::Main);
         let runs = |container: &Container| {
             let record = self.record.containers.get(&container.name);
-            record.is_some_and(|c| c.restart == 0 && matches!(c.state, State::Running { .. }))
+            record.is_some_and(|c| c.restart == 0 && c.state.is_running())
         };
         if !all.all(runs) {
             return;

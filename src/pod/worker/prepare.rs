@@ -46,6 +46,8 @@ pub struct Prepared {
     pub notes: Vec<String>,
     /// What its containers get in namespaces of their own; none: they have none.
     pub(super) network: Option<Network>,
+    /// What these see of what is hidden: the pod's own part.
+    pub(super) shown: Vec<PathBuf>,
 }
 
 impl Prepared {
@@ -273,18 +275,35 @@ async fn fill(
     }
     let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
     let at = directory.clone();
-    let kept = context.places.kept.clone();
+    let (kept, isolated) = (context.places.kept.clone(), network.is_some());
     let written = blocking(move || {
         let ground = Ground { directory: &at, home: &home };
         let beneath = directory::contents(&at, &uid, &kept);
         let target = volumes::Target { ground, contents: &beneath, uid: &uid, group };
-        let problems = volumes::write(&target, &contents, &mut plans, &running);
-        problems.map(|problems| (problems, plans))
+        let problems = volumes::write(&target, &contents, &mut plans, &running)?;
+        let mut shown = Vec::new();
+        if isolated {
+            let memory = volumes::memory::parents().into_iter().map(|parent| parent.join(&uid));
+            shown.extend(std::iter::once(beneath.clone()).chain(memory));
+        }
+        Ok::<_, WriteError>((problems, plans, shown))
     });
-    let (problems, plans) = written.await??;
+    let (problems, plans, shown) = written.await??;
     let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
     held.note(versions);
-    Ok(Prepared { directory, objects, facts, services, scripts, problems, mounts, layout, notes, network })
+    Ok(Prepared {
+        directory,
+        objects,
+        facts,
+        services,
+        scripts,
+        problems,
+        mounts,
+        layout,
+        notes,
+        network,
+        shown,
+    })
 }
 
 /// What the pod is told of Services; enableServiceLinks is true where nothing is said (core/v1 defaults.go).

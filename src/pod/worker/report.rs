@@ -106,7 +106,7 @@ impl Worker {
     pub(super) fn note_ports(&self) {
         if let Some(ports) = &self.context.ports {
             let mut states = self.record.containers.values().map(|container| &container.state);
-            ports.note(&self.record.pod, !self.ended && states.any(|s| matches!(s, State::Running { .. })));
+            ports.note(&self.record.pod, !self.ended && states.any(|s| s.is_running()));
         }
     }
 
@@ -157,10 +157,9 @@ impl Worker {
         let kept_name = directory::kept_name(&part(&meta.namespace), &part(&meta.name), self.record.uid());
         Outcome::new(&self.record.pod, &status, reported, |name| {
             let record = self.record.containers.get(name).cloned().unwrap_or_default();
-            let file = format!("{}.log", record.restart);
             let log = match (kept, &self.record.directory) {
-                (Some(kept), _) => kept.join(format!("{kept_name}.{name}.{file}")),
-                (None, Some(directory)) => directory.join("containers").join(name).join("logs").join(file),
+                (Some(kept), _) => kept.join(format!("{kept_name}.{name}.{}.log", record.restart)),
+                (None, Some(directory)) => directory::log_path(directory, name, record.restart),
                 (None, None) => PathBuf::new(),
             };
             (log, record.log_lines_lost)

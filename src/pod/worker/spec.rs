@@ -113,7 +113,7 @@ pub fn spec(
         }
         script => Ok(script.clone()?),
     };
-    let own = volumes::container_dir(&prepared.directory, &container.name);
+    let own = directory::container_dir(&prepared.directory, &container.name);
     let drain = *context.drain.borrow();
     let made = Made {
         objects: &prepared.objects,
@@ -141,8 +141,6 @@ pub fn spec(
     };
     let view = prepared.network.as_ref().map(|network| {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-        let mut shown = vec![directory::contents(&prepared.directory, uid, &context.places.kept)];
-        shown.extend(volumes::memory::parents().into_iter().map(|parent| parent.join(uid)));
         let message_path = container.termination_message_path.as_deref();
         let mounts = prepared.mounts.get(name).map(Vec::as_slice).unwrap_or_default();
         let us = security::Us::now();
@@ -150,14 +148,19 @@ pub fn spec(
         View {
             owner: Some(uid.to_owned()),
             ids: (ids != Ids { user: us.user, group: us.group }).then_some((ids.user, ids.group)),
-            ..context.policy.isolation.view(view_mounts(&own, mounts), shown, message_path, network)
+            ..context.policy.isolation.view(
+                view_mounts(&own, mounts),
+                prepared.shown.clone(),
+                message_path,
+                network,
+            )
         }
     });
     let spec = ContainerSpec {
         argv,
         env: vars,
         working_dir,
-        log: own.join("logs").join(format!("{restart}.log")),
+        log: directory::log_path(&prepared.directory, &container.name, restart),
         container_dir: own,
         log_limits: LogLimits::default(),
         session: context.policy.session,
@@ -205,7 +208,7 @@ fn environment(
         pod.metadata.uid.as_deref().unwrap_or_default(),
         container.name
     );
-    let own = volumes::container_dir(made.directory, &container.name);
+    let own = directory::container_dir(made.directory, &container.name);
     let additions = Additions {
         pod_dir: made.directory.display().to_string(),
         termination_log: own.join(super::termination::FILE).display().to_string(),

@@ -18,6 +18,7 @@ use super::{order, run, spec};
 use crate::container::{ContainerId, ContainerSpec, Supervisor};
 use crate::pod::backoff;
 use crate::pod::containers::{self, Kind};
+use crate::pod::directory;
 use crate::pod::environment::Skipped;
 use crate::pod::events;
 use crate::pod::handler::Hook;
@@ -79,7 +80,7 @@ impl Worker {
         // Their supervisors will tell that they run; until then the API server has the truth.
         let runs = |container: &super::Container| {
             let record = self.record.containers.get(&container.name);
-            record.is_some_and(|record| matches!(record.state, State::Running { .. }))
+            record.is_some_and(|record| record.state.is_running())
         };
         if self.containers.iter().any(|container| container.run.is_some() && !runs(container)) {
             self.announce_at = Some(Instant::now() + ANNOUNCE_AFTER);
@@ -91,7 +92,7 @@ impl Worker {
                     .record
                     .containers
                     .get(&container.name)
-                    .is_some_and(|record| record.again && matches!(record.state, State::Running { .. }))
+                    .is_some_and(|record| record.again && record.state.is_running())
             {
                 let _ =
                     orders.try_send(Order::Terminate { grace: own_grace(&self.record.pod), waits: false });
@@ -326,12 +327,12 @@ impl Worker {
         let record = self.record.containers.get(&name);
         let restart = record.map_or(0, |c| c.restart);
         // What ran before a crash of the pilot has had its hook.
-        let ran = record.is_some_and(|c| matches!(c.state, State::Running { .. }));
+        let ran = record.is_some_and(|c| c.state.is_running());
         let pod = self.record.pod.clone();
         let told = self.told_tx.clone();
         let last_word = self.record.directory.as_ref().and_then(|directory| {
-            let own = directory.join("containers").join(&name);
-            let log = own.join("logs").join(format!("{restart}.log"));
+            let own = directory::container_dir(directory, &name);
+            let log = directory::log_path(directory, &name, restart);
             let owner = self.context.policy.isolation.isolates(&pod).then(|| self.record.uid().to_owned());
             let found = containers::find(&pod, &name);
             found.map(|(_, container)| LastWord::of(&container, &own, log).owned_by(owner))
@@ -347,10 +348,8 @@ impl Worker {
 
 /// Whether a run may have begun: its log is made before its program runs.
 fn began(directory: Option<&Path>, container: &str, restart: u32) -> bool {
-    let log =
-        |directory: &Path| directory.join("containers").join(container).join(format!("logs/{restart}.log"));
     directory.is_some_and(|directory| {
-        let found = fs::symlink_metadata(log(directory));
+        let found = fs::symlink_metadata(directory::log_path(directory, container, restart));
         // What cannot be looked at may be there.
         !matches!(found, Err(error) if error.kind() == io::ErrorKind::NotFound)
     })

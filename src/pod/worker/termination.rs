@@ -69,10 +69,7 @@ impl LastWord {
     /// Forgets what an earlier run has left.
     pub async fn clear(&self) {
         let Self { files, owner, .. } = self.clone();
-        let is_ours = move |file: &&PathBuf| {
-            let directory = file.parent().unwrap_or_else(|| Path::new("/"));
-            owner.as_ref().is_none_or(|owner| files::leads_into(directory, owner))
-        };
+        let is_ours = move |file: &&PathBuf| files::leads_into(file, owner.as_deref());
         let removal =
             on_disk(move || files.iter().filter(is_ours).for_each(|file| drop(fs::remove_file(file))));
         let _ = tokio::time::timeout(READ_LIMIT, removal).await;
@@ -98,7 +95,7 @@ impl LastWord {
 fn message(path: &Path, owner: Option<&str>) -> Option<String> {
     let mut file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).ok()?;
     let found = file.metadata().ok().filter(fs::Metadata::is_file)?;
-    if owner.is_some_and(|owner| !files::lies_in(&file, owner)) {
+    if !files::lies_in(&file, owner) {
         return None;
     }
     let begin = found.len().saturating_sub(MESSAGE_BYTES);
