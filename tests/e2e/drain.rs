@@ -63,6 +63,10 @@ fn drained(label: &'static str, crash: bool) -> String {
     pilot.signal(Signal::SIGTERM);
     if crash {
         wait_until("it drains", seconds(10), || pilot.output().contains("draining"));
+        // Those that have not begun have no record: a pilot that crashes before it has told their end refuses them instead.
+        for name in ["image", "object"] {
+            namespace.wait_phase(name, "Failed", seconds(5));
+        }
         kill(Pid::from_raw(stages[0]), Signal::SIGKILL).unwrap();
     }
     assert_eq!(pilot.wait_exit(seconds(25)), Some(0), "{}", pilot.output());

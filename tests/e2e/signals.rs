@@ -14,9 +14,12 @@ fn with_stubborn_pod(label: &'static str) -> (Namespace, Pilot) {
     namespace.script_on(
         &pilot,
         "p",
-        "trap 'echo asked >>$JIRIAF_POD_DIR/asked' TERM\nwhile :; do sleep 0.2; done\n",
+        "trap 'echo asked >>$JIRIAF_POD_DIR/asked' TERM\ntouch $JIRIAF_POD_DIR/deaf\nwhile :; do sleep 0.2; done\n",
     );
     namespace.wait_phase("p", "Running", seconds(30));
+    // A script runs before its trap is set.
+    let deaf = pilot.pod_directory("p").join("deaf");
+    wait_until("the script has its trap", seconds(10), || deaf.exists());
     (namespace, pilot)
 }
 
