@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
@@ -122,9 +123,12 @@ fn objects(pod: &Pod, keys: &[usize]) -> Objects {
     let keys: Vec<&str> = keys.iter().map(|key| TEXTS[key % TEXTS.len()]).chain(["k1", "run.sh"]).collect();
     let data: BTreeMap<&str, &str> = keys.iter().map(|key| (*key, "value")).collect();
     let encoded: BTreeMap<&str, &str> = keys.iter().map(|key| (*key, "dmFsdWU=")).collect();
-    let map = |name: &String| (name.clone(), from_value(json!({"metadata": {}, "data": data})).unwrap());
-    let secret =
-        |name: &String| (name.clone(), from_value(json!({"metadata": {}, "data": encoded})).unwrap());
+    let map = |name: &String| {
+        (name.clone(), from_value(json!({"metadata": {}, "data": data})).map(Arc::new).unwrap())
+    };
+    let secret = |name: &String| {
+        (name.clone(), from_value(json!({"metadata": {}, "data": encoded})).map(Arc::new).unwrap())
+    };
     Objects {
         config_maps: wanted.config_maps.keys().map(map).collect(),
         secrets: wanted.secrets.keys().map(secret).collect(),
@@ -149,7 +153,9 @@ fn digest(pod: &Pod, objects: &Objects, root: &Path) {
     for volume in pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()) {
         let _ = volume_references([volume]);
     }
-    let Ok(mut contents) = volumes::contents(pod, objects, &facts) else { return };
+    let Ok(volumes::Found { mut contents, .. }) = volumes::contents(pod, objects, objects, &facts) else {
+        return;
+    };
     let mut plans = Vec::new();
     for (_, container) in containers::of(pod) {
         let Ok(sub_paths) = volumes::sub_paths(&container, &|_| Some("../x".to_owned())) else { continue };

@@ -31,6 +31,7 @@ mod isolation;
 mod load;
 mod logs;
 mod metrics;
+mod objects_gone;
 mod pbs;
 mod privacy;
 mod probes;

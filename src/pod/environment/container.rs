@@ -281,7 +281,7 @@ fn config_map<'a>(
 ) -> Result<Option<&'a ConfigMap>, ConfigError> {
     match objects.config_maps.get(name) {
         None if optional != Some(true) => Err(ConfigError::ConfigMapNotFound(name.to_owned())),
-        found => Ok(found),
+        found => Ok(found.map(AsRef::as_ref)),
     }
 }
 
@@ -292,7 +292,7 @@ fn secret<'a>(
 ) -> Result<Option<&'a Secret>, ConfigError> {
     match objects.secrets.get(name) {
         None if optional != Some(true) => Err(ConfigError::SecretNotFound(name.to_owned())),
-        found => Ok(found),
+        found => Ok(found.map(AsRef::as_ref)),
     }
 }
 

@@ -65,6 +65,8 @@ pub fn missing(container: &Container, objects: &Objects) -> Vec<Missing> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use serde_json::{from_value, json};
 
@@ -79,7 +81,7 @@ mod tests {
             {"name": "D", "value": "plain"},
         ]}))
         .unwrap();
-        let map = from_value(json!({"metadata": {"name": "m"}, "data": {"k": "v"}})).unwrap();
+        let map = from_value(json!({"metadata": {"name": "m"}, "data": {"k": "v"}})).map(Arc::new).unwrap();
         let objects = Objects { config_maps: [("m".to_owned(), map)].into(), ..Objects::default() };
         let got: Vec<(String, String)> =
             missing(&container, &objects).into_iter().map(|one| (one.reason, one.message)).collect();

@@ -10,6 +10,7 @@ mod services;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -29,9 +30,9 @@ pub type Vars = Vec<(String, String)>;
 #[derive(Clone, Default)]
 pub struct Objects {
     /// ConfigMaps by name.
-    pub config_maps: BTreeMap<String, ConfigMap>,
+    pub config_maps: BTreeMap<String, Arc<ConfigMap>>,
     /// Secrets by name.
-    pub secrets: BTreeMap<String, Secret>,
+    pub secrets: BTreeMap<String, Arc<Secret>>,
     /// Service account tokens. One that is absent is left out of its volume.
     pub tokens: BTreeMap<TokenRef, String>,
 }

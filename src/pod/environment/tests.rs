@@ -1,6 +1,7 @@
 use k8s_openapi::api::core::v1::{Container, Pod};
 use proptest::prelude::*;
 use serde_json::{Value, from_value, json};
+use std::sync::Arc;
 
 use super::*;
 use crate::pod::expansion::Expand;
@@ -8,11 +9,13 @@ use crate::pod::expansion::Expand;
 fn objects() -> Objects {
     let mut objects = Objects::default();
     let config = json!({"data": {"A": "cm-a", "B": "cm-b", "no=name": "x", "x.y-z": "ok", "é": "x"}});
-    objects.config_maps.insert("cm".to_owned(), from_value(config).unwrap());
+    objects.config_maps.insert("cm".to_owned(), from_value(config).map(Arc::new).unwrap());
     let home = json!({"data": {"T": "~/x $HOME"}});
-    objects.config_maps.insert("home".to_owned(), from_value(home).unwrap());
-    objects.config_maps.insert("nul".to_owned(), from_value(json!({"data": {"N": "a\u{0}b"}})).unwrap());
-    objects.secrets.insert("s".to_owned(), from_value(json!({"data": {"A": "cy1h"}})).unwrap());
+    objects.config_maps.insert("home".to_owned(), from_value(home).map(Arc::new).unwrap());
+    objects
+        .config_maps
+        .insert("nul".to_owned(), from_value(json!({"data": {"N": "a\u{0}b"}})).map(Arc::new).unwrap());
+    objects.secrets.insert("s".to_owned(), from_value(json!({"data": {"A": "cy1h"}})).map(Arc::new).unwrap());
     objects
 }
 

@@ -1,12 +1,14 @@
 //! The ConfigMaps, Secrets and tokens that a pod uses: read at its start, and known to have changed since.
 //!
-//! [`read`] asks the API server. [`Held`] is what one pod has read so far: which versions, and its tokens, which are used
-//! until it is time for others ([`token`]). [`watches`] tells when an object has changed.
+//! [`read`] asks the API server. [`Held`] is what one pod has read so far: which versions, its tokens, which are used until
+//! it is time for others ([`token`]), and the objects themselves, for starts while nobody answers. [`watches`] tells when an
+//! object has changed.
 
 pub mod token;
 pub mod watches;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
@@ -16,6 +18,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use self::token::HeldToken;
 use self::watches::{Key, Kind, Version};
 use super::api::{Api, ApiError, Token, TokenWish};
+use super::containers;
 use super::environment::{Objects, References, TokenRef};
 
 /// What a pod has read so far.
@@ -27,6 +30,18 @@ pub struct Held {
     pub immutable: BTreeSet<Key>,
     /// Tokens.
     pub tokens: BTreeMap<TokenRef, HeldToken>,
+    /// The objects as they were put to use last, where something of the pod may start again: a container that ends while
+    /// the API server is away, or after an object was deleted, is started with these, as a kubelet does from its cache.
+    pub last: Objects,
+}
+
+/// What is done when the API server does not answer for an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unanswered {
+    /// It is an error: what is wanted is the object as it is now.
+    Fails,
+    /// The object as it was put to use last does too, where there is one.
+    Last,
 }
 
 /// An object could not be read.
@@ -50,15 +65,37 @@ pub struct Read {
 }
 
 impl Held {
-    /// Notes versions that were put to use.
-    pub fn note(&mut self, versions: BTreeMap<Key, Version>) {
+    /// Notes what was put to use, and holds on to the objects if the pod may start something again: but for those that
+    /// `but` names, whose volumes could not be made of what was read.
+    pub fn note(&mut self, pod: &Pod, versions: BTreeMap<Key, Version>, objects: Objects, but: &References) {
         self.versions.extend(versions);
+        if !may_start_again(pod) {
+            return;
+        }
+        let Objects { mut config_maps, mut secrets, tokens } = objects;
+        config_maps.retain(|name, _| !but.config_maps.contains_key(name));
+        secrets.retain(|name, _| !but.secrets.contains_key(name));
+        self.last.config_maps.extend(config_maps);
+        self.last.secrets.extend(secrets);
+        self.last.tokens.extend(tokens);
     }
 
     /// The tokens among `wanted` that should be asked for anew.
     pub fn due(&self, wanted: &BTreeSet<TokenRef>, now: Timestamp) -> bool {
         wanted.iter().filter_map(|token| self.tokens.get(token)).any(|held| held.is_due(now))
     }
+}
+
+/// Whether any of the pod's containers may start after others have, or a second time. What is read for one that may not is
+/// not held on to: a ConfigMap may be 1 MiB.
+fn may_start_again(pod: &Pod) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    let has_rules = containers::of(pod).any(|(kind, container)| {
+        kind != containers::Kind::Main
+            || container.restart_policy.is_some()
+            || container.restart_policy_rules.is_some()
+    });
+    spec.restart_policy.as_deref() != Some("Never") || has_rules
 }
 
 /// Reads what is `wanted` for `pod`. Tokens that are held and need no other yet are not asked for.
@@ -70,17 +107,20 @@ pub async fn read(
     pod: &Pod,
     wanted: &References,
     held: &mut Held,
+    unanswered: Unanswered,
     now: Timestamp,
 ) -> Result<Read, ReadError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let failed = |what: String| move |source| ReadError { what, source };
+    let last = &held.last;
     let config_maps = try_join_all(wanted.config_maps.keys().map(|name| async move {
-        let found = api.config_map(namespace, name).await;
-        found.map(|found| (name, found)).map_err(failed(format!("configmap {namespace}/{name}")))
+        let found = api.config_map(namespace, name).await.map(|found| found.map(Arc::new));
+        let what = || format!("configmap {namespace}/{name}");
+        answer(found, last.config_maps.get(name), unanswered, what).map(|found| (name, found))
     }));
     let secrets = try_join_all(wanted.secrets.keys().map(|name| async move {
-        let found = api.secret(namespace, name).await;
-        found.map(|found| (name, found)).map_err(failed(format!("secret {namespace}/{name}")))
+        let found = api.secret(namespace, name).await.map(|found| found.map(Arc::new));
+        let what = || format!("secret {namespace}/{name}");
+        answer(found, last.secrets.get(name), unanswered, what).map(|found| (name, found))
     }));
     let ask = wanted.tokens.iter().filter(|token| held.tokens.get(token).is_none_or(|held| held.is_due(now)));
     let tokens = futures::future::join_all(ask.map(|wish| read_token(api, pod, wish)));
@@ -120,6 +160,22 @@ pub async fn read(
     Ok(read)
 }
 
+/// What is known of an object.
+fn answer<T>(
+    answer: Result<Option<Arc<T>>, ApiError>,
+    last: Option<&Arc<T>>,
+    unanswered: Unanswered,
+    what: impl Fn() -> String,
+) -> Result<Option<Arc<T>>, ReadError> {
+    answer.or_else(|source| match last.filter(|_| unanswered == Unanswered::Last) {
+        Some(last) => {
+            tracing::warn!(what = what(), error = %source, "it cannot be read; what was read last is used");
+            Ok(Some(Arc::clone(last)))
+        }
+        None => Err(ReadError { what: what(), source }),
+    })
+}
+
 /// What becomes of an answer. As in a kubelet (token_manager.go), a token that could not be renewed is used while it holds.
 fn take_token(
     wish: &TokenRef,
@@ -129,22 +185,23 @@ fn take_token(
     api: &Api,
     denied: &mut Vec<String>,
 ) -> Result<(), ReadError> {
-    let old = held.tokens.get_mut(wish).filter(|old| !old.is_expired(now));
+    let old = held.tokens.get_mut(wish);
     match (answer, old) {
         (Ok(Token::Granted { token, expires, life }), _) => {
             held.tokens.insert(wish.clone(), HeldToken::new(token, expires, life, now));
         }
-        (Ok(Token::Denied(why)), Some(old)) => {
+        (Ok(Token::Denied(why)), Some(old)) if !old.is_expired(now) => {
             old.try_later(now);
             tracing::warn!(%why, "a service account's token could not be renewed; it is tried again");
         }
+        // Also one that has expired: it is in its volume already, and holds no container up.
         (Err(error), Some(old)) => {
             old.try_later(now);
             tracing::warn!(%error, "a service account's token could not be renewed; it is tried again");
         }
         // In `play` nobody expects one.
-        (Ok(Token::Denied(_)), None) if matches!(api, Api::Files(_)) => {}
-        (Ok(Token::Denied(why)), None) => {
+        (Ok(Token::Denied(_)), _) if matches!(api, Api::Files(_)) => {}
+        (Ok(Token::Denied(why)), _) => {
             denied.push(format!("the service account's token is left out of its volume: {why}"));
         }
         (Err(error), None) => return Err(error),
@@ -223,7 +280,7 @@ mod tests {
             [(0, "t0", 1), (300, "t0", 1), (500, "t0", 2), (510, "t0", 2), (540, "t2", 3)]
         {
             let at = now + Duration::from_secs(age);
-            let read = read(&api, &pod, &wanted, &mut held, at).await.unwrap();
+            let read = read(&api, &pod, &wanted, &mut held, Unanswered::Fails, at).await.unwrap();
             assert_eq!(read.objects.tokens[&wish()], wanted_token, "{age}");
             assert_eq!(asked.load(Ordering::Relaxed), calls, "{age}");
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, from_value, json};
 
@@ -37,7 +38,7 @@ impl Disk {
         pod: &Pod,
         objects: &Objects,
         running: &[&str],
-    ) -> Result<(Vec<ContainerPlan>, BTreeMap<String, SubPathError>), String> {
+    ) -> Result<(Vec<ContainerPlan>, BTreeMap<String, MountProblem>), String> {
         let (contents, mut plans) = all(pod, objects, &self.ground()).map_err(|error| error.to_string())?;
         let running = running.iter().map(|name| (*name).to_owned()).collect();
         let problems =
@@ -47,7 +48,7 @@ impl Disk {
 
     /// What the keeper does when objects have changed.
     fn update(&self, pod: &Pod, plans: &[ContainerPlan], objects: &Objects) {
-        let contents = contents(pod, objects, &Facts::default()).unwrap();
+        let contents = contents(pod, objects, &Objects::default(), &Facts::default()).unwrap().contents;
         let failed = super::write::update(&self.target(), &contents, &Layout::of(plans, std::iter::empty()));
         assert!(failed.is_empty(), "{failed:?}");
     }
@@ -69,7 +70,7 @@ impl Drop for Disk {
 
 fn with(data: Value) -> Objects {
     let mut objects = objects();
-    objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).unwrap());
+    objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).map(Arc::new).unwrap());
     objects
 }
 

@@ -149,7 +149,37 @@ pub struct ContainerPlan {
     /// Directories in volumes of files that other volumes are mounted on (pkg/volume/util/nested_volumes.go).
     pub nested: BTreeSet<(String, PathBuf)>,
     /// Why this container cannot start; nothing else is planned then.
-    pub problem: Option<SubPathError>,
+    pub problem: Option<MountProblem>,
+}
+
+impl ContainerPlan {
+    /// Of a container that cannot start.
+    #[must_use]
+    pub fn refused(container: &str, problem: impl Into<MountProblem>) -> Self {
+        Self { container: container.to_owned(), problem: Some(problem.into()), ..Self::default() }
+    }
+}
+
+/// Why one container cannot have its mounts, while the pod's others may. It waits with reason CreateContainerConfigError.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MountProblem {
+    /// What it takes of a volume.
+    #[error("{0}")]
+    SubPath(#[from] SubPathError),
+    /// A volume of an ephemeral container's.
+    #[error("{0}")]
+    Volume(#[from] VolumeError),
+}
+
+impl MountProblem {
+    /// Whether anything but another Pod could mend it.
+    #[must_use]
+    pub fn may_mend(&self) -> bool {
+        match self {
+            Self::SubPath(error) => error.may_mend(),
+            Self::Volume(error) => error.may_mend(),
+        }
+    }
 }
 
 /// What a volume comes to.
@@ -263,27 +293,63 @@ impl VolumeError {
     }
 }
 
+/// What the volumes of a pod come to.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Those that can be served.
+    pub contents: Contents,
+    /// Volumes that stay as they are, since what they are made of is gone or incomplete, and why.
+    pub kept: BTreeMap<String, VolumeError>,
+    /// Volumes of ephemeral containers alone that cannot be served, and why.
+    pub left_out: BTreeMap<String, VolumeError>,
+}
+
 /// What the volumes come to that a container mounts; the others are skipped, as a kubelet skips them
-/// (`desired_state_of_world_populator.go`).
+/// (`desired_state_of_world_populator.go`). One that was made of the `last` objects and cannot be made of these is kept: in
+/// a kubelet too it stays mounted.
 ///
 /// # Errors
-/// The first thing that is missing or cannot be served, in the spec's order.
-pub fn contents(pod: &Pod, objects: &Objects, facts: &Facts) -> Result<Contents, VolumeError> {
-    let Some(spec) = &pod.spec else { return Ok(Contents::new()) };
-    let mounted: BTreeSet<String> = containers::all(spec)
-        .flat_map(|(_, container)| container.volume_mounts.clone().unwrap_or_default())
-        .map(|mount| mount.name)
-        .collect();
-    let volumes = spec.volumes.iter().flatten().filter(|volume| mounted.contains(&volume.name));
+/// The first thing that is missing or cannot be served, in the spec's order; what ephemeral containers alone mount is no
+/// reason, since they came when the pod had begun.
+pub fn contents(pod: &Pod, objects: &Objects, last: &Objects, facts: &Facts) -> Result<Found, VolumeError> {
+    let mut found = Found::default();
+    let Some(spec) = &pod.spec else { return Ok(found) };
+    let (mut mounted, mut by_others) = (BTreeSet::new(), BTreeSet::new());
+    for (kind, container) in containers::all(spec) {
+        for mount in container.volume_mounts.iter().flatten() {
+            mounted.insert(mount.name.clone());
+            if kind != containers::Kind::Ephemeral {
+                by_others.insert(mount.name.clone());
+            }
+        }
+    }
     // An API server takes no other; the manifests of `play` have met none.
     let is_label = |name: &str| {
         (1..=63).contains(&name.len()) && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
     };
+    let volumes = spec.volumes.iter().flatten().filter(|volume| mounted.contains(&volume.name));
     if let Some(wrong) = volumes.clone().find(|volume| !is_label(&volume.name)) {
         let problem = "its name must be a DNS label: at most 63 of a-z, 0-9 and `-`";
         return Err(VolumeError::Name { volume: wrong.name.clone(), problem });
     }
-    volumes.map(|volume| Ok((volume.name.clone(), content(volume, pod, objects, facts)?))).collect()
+    for volume in volumes {
+        let made = content(volume, pod, objects, facts).or_else(|error| {
+            let last = content(volume, pod, last, facts).ok().filter(|_| error.may_mend());
+            let kept = last.ok_or_else(|| error.clone())?;
+            found.kept.insert(volume.name.clone(), error);
+            Ok(kept)
+        });
+        match made {
+            Ok(content) => {
+                found.contents.insert(volume.name.clone(), content);
+            }
+            Err(error) if !by_others.contains(&volume.name) => {
+                found.left_out.insert(volume.name.clone(), error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 /// A place in the file system.

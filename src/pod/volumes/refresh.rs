@@ -12,7 +12,7 @@ use crate::pod::context::{Context, on_disk};
 use crate::pod::directory;
 use crate::pod::environment::{References, volume_references};
 use crate::pod::objects::watches::{Key, Kind};
-use crate::pod::objects::{self, Held, Read};
+use crate::pod::objects::{self, Held, Read, Unanswered};
 use crate::pod::security;
 
 /// Who sees which volume: what the plans of a pod's containers come to, without what is in the files.
@@ -97,7 +97,7 @@ pub(super) async fn read(
     held: &mut Held,
 ) -> Result<Read, Refreshed> {
     let wanted = volume_references(volume(pod, name));
-    let read = objects::read(&context.api, pod, &wanted, held, Timestamp::now()).await;
+    let read = objects::read(&context.api, pod, &wanted, held, Unanswered::Fails, Timestamp::now()).await;
     read.map_err(|error| Refreshed { complaints: vec![error.to_string()], again: true })
 }
 
@@ -117,14 +117,17 @@ pub(super) async fn apply(
 ) -> Refreshed {
     let mut done = Refreshed::default();
     let facts = context.facts();
-    let mut contents = Contents::new();
+    let (mut contents, mut not_made) = (Contents::new(), References::default());
     if let Some(volume) = volume(pod, name) {
         match super::content(volume, pod, &read.objects, &facts) {
             Ok(content) => {
                 contents.insert(volume.name.clone(), content);
             }
             // As in a kubelet the files stay as they are.
-            Err(error) => done.complaints.push(error.to_string()),
+            Err(error) => {
+                done.complaints.push(error.to_string());
+                not_made = volume_references([volume]);
+            }
         }
     }
     for (volume, name) in &layout.scripts {
@@ -156,7 +159,7 @@ pub(super) async fn apply(
         }
     }
     if !done.again {
-        held.note(read.versions);
+        held.note(pod, read.versions, read.objects, &not_made);
     }
     done
 }

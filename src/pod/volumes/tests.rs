@@ -1,4 +1,5 @@
 use std::path::Path;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use serde_json::{Value, from_value, json};
@@ -26,10 +27,16 @@ pub(super) fn mount(name: &str, path: &str) -> Value {
 pub(super) fn objects() -> Objects {
     let mut objects = Objects::default();
     let config = json!({"data": {"b.sh": "echo b", "a.sh": "echo a"}, "binaryData": {"blob": "AAEC"}});
-    objects.config_maps.insert("cm".to_owned(), from_value(config).unwrap());
-    objects.config_maps.insert("one".to_owned(), from_value(json!({"data": {"s.sh": "x"}})).unwrap());
-    objects.config_maps.insert("bad".to_owned(), from_value(json!({"data": {"../x": "x"}})).unwrap());
-    objects.secrets.insert("s".to_owned(), from_value(json!({"data": {"pw": "cGFzcw=="}})).unwrap());
+    objects.config_maps.insert("cm".to_owned(), from_value(config).map(Arc::new).unwrap());
+    objects
+        .config_maps
+        .insert("one".to_owned(), from_value(json!({"data": {"s.sh": "x"}})).map(Arc::new).unwrap());
+    objects
+        .config_maps
+        .insert("bad".to_owned(), from_value(json!({"data": {"../x": "x"}})).map(Arc::new).unwrap());
+    objects
+        .secrets
+        .insert("s".to_owned(), from_value(json!({"data": {"pw": "cGFzcw=="}})).map(Arc::new).unwrap());
     let token = TokenRef { audience: None, expiration_seconds: 3607 };
     objects.tokens.insert(token, "tok".to_owned());
     objects
@@ -49,7 +56,7 @@ pub(super) fn all(
     objects: &Objects,
     ground: &Ground<'_>,
 ) -> Result<(Contents, Vec<ContainerPlan>), VolumeError> {
-    let contents = contents(pod, objects, &Facts::default())?;
+    let contents = contents(pod, objects, &Objects::default(), &Facts::default())?.contents;
     let plans = containers::of(pod).map(|(_, container)| {
         let sub_paths = sub_paths(&container, &|_| None).expect("sub paths");
         plan(&container, &contents, &sub_paths, ground)
@@ -371,6 +378,50 @@ fn a_files_contents_are_never_shown() {
     assert!(!shown.contains("pass") && !shown.contains("112"), "{shown}");
 }
 
+#[test]
+fn a_volume_whose_object_is_gone_stays_as_it_was_made() {
+    let volumes = json!([
+        {"name": "v", "secret": {"secretName": "s"}},
+        {"name": "w", "configMap": {"name": "one", "items": [{"key": "s.sh", "path": "s.sh"}]}},
+        {"name": "x", "configMap": {"name": "cm"}},
+    ]);
+    let pod = one(json!([mount("v", "v"), mount("w", "w"), mount("x", "x")]), volumes);
+    let (last, mut now) = (objects(), objects());
+    now.secrets.remove("s");
+    let other = json!({"data": {"other": "y"}});
+    now.config_maps.insert("one".to_owned(), from_value(other.clone()).map(Arc::new).unwrap());
+    now.config_maps.insert("cm".to_owned(), from_value(other).map(Arc::new).unwrap());
+    let found = contents(&pod, &now, &last, &Facts::default()).unwrap();
+    let names = |volume: &str| match &found.contents[volume] {
+        Content::Files(files) => files.keys().cloned().collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        (names("v"), names("w"), names("x")),
+        (vec!["pw".into()], vec!["s.sh".into()], vec!["other".into()])
+    );
+    let kept: Vec<String> = found.kept.values().map(ToString::to_string).collect();
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    assert!(kept[0].contains("secret \"s\" not found") && kept[1].contains("s.sh"), "{kept:?}");
+    // What was never there is waited for.
+    assert!(contents(&pod, &now, &Objects::default(), &Facts::default()).is_err());
+}
+
+#[test]
+fn what_an_ephemeral_container_alone_mounts_keeps_nobody_else_waiting() {
+    let volumes =
+        json!([{"name": "v", "configMap": {"name": "cm"}}, {"name": "gone", "secret": {"secretName": "g"}}]);
+    let mut pod = one(json!([mount("v", "v")]), volumes);
+    let debugger = json!([{"name": "d", "volumeMounts": [mount("gone", "g"), mount("v", "v")]}]);
+    pod.spec.as_mut().unwrap().ephemeral_containers = from_value(debugger).unwrap();
+    let found = contents(&pod, &objects(), &Objects::default(), &Facts::default()).unwrap();
+    assert!(found.contents.contains_key("v") && found.left_out.contains_key("gone"), "{found:?}");
+    // What another mounts too is waited for.
+    let shared = json!([{"name": "c1", "volumeMounts": [mount("gone", "g")]}]);
+    pod.spec.as_mut().unwrap().containers = from_value(shared).unwrap();
+    assert!(contents(&pod, &objects(), &Objects::default(), &Facts::default()).is_err());
+}
+
 fn beneath(place: &Place) -> bool {
     place.path.components().all(|component| matches!(component, std::path::Component::Normal(_)))
 }
@@ -386,7 +437,7 @@ proptest! {
         let mut objects = Objects::default();
         let data: serde_json::Map<String, Value> =
             keys.iter().map(|key| (key.clone(), json!("x"))).collect();
-        objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).unwrap());
+        objects.config_maps.insert("cm".to_owned(), from_value(json!({"data": data})).map(Arc::new).unwrap());
         let mounts: Vec<Value> = (0..paths.len())
             .map(|n| json!({"name": format!("v{n}"), "mountPath": paths[n], "subPath": subs[n]}))
             .collect();

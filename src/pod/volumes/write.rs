@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::refresh::Layout;
 use super::{
-    By, ContainerPlan, Content, Contents, EmptyDir, Files, Ground, Place, PlannedLink, PlannedView, Root,
-    SubPathError, VOLUMES, VolumeError, absolute, hostpath, memory, subpath, writer,
+    By, ContainerPlan, Content, Contents, EmptyDir, Files, Ground, MountProblem, Place, PlannedLink,
+    PlannedView, Root, SubPathError, VOLUMES, VolumeError, absolute, hostpath, memory, subpath, writer,
 };
 use crate::files;
 use crate::pod::directory;
@@ -62,7 +62,7 @@ pub fn write(
     contents: &Contents,
     plans: &mut [ContainerPlan],
     running: &BTreeSet<String>,
-) -> Result<BTreeMap<String, SubPathError>, WriteError> {
+) -> Result<BTreeMap<String, MountProblem>, WriteError> {
     let mut roots = Roots::open(target)?;
     for (name, content) in contents {
         roots.volume(name, content)?;
@@ -77,7 +77,7 @@ pub fn write(
         let logs = own.join("logs");
         roots.pod.create_dir_all(&logs, 0o700).map_err(fail(&target.ground.directory.join(&logs)))?;
         let made = roots.container(plan, contents, running.contains(&plan.container))?;
-        if let Some(problem) = made.or(plan.problem.clone()) {
+        if let Some(problem) = made.map(MountProblem::from).or(plan.problem.clone()) {
             problems.insert(plan.container.clone(), problem);
         }
         for mount in &mut plan.mounts {

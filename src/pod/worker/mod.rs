@@ -60,8 +60,8 @@ const PREPARE_FIRST: Duration = Duration::from_millis(500);
 /// Longest wait between looks for a missing object: one small read by each waiting pod.
 const PREPARE_MOST: Duration = Duration::from_secs(5);
 
-/// kubelet gives a forced deletion at least a second (kuberuntime_container.go, minimumGracePeriodInSeconds is 2; the
-/// pod workers' own least is 1).
+/// The grace of a pod whose object is gone (pod_workers.go, calculateEffectiveGracePeriod: at least a second). Its programs
+/// have `run::LEAST_GRACE` all the same.
 const FORCED_GRACE: Duration = Duration::from_secs(1);
 
 /// terminationGracePeriodSeconds when a pod names none (core/v1 default).

@@ -13,15 +13,15 @@ use crate::pod::api::ApiError;
 use crate::pod::containers;
 use crate::pod::context::{Context, Identity, on_disk};
 use crate::pod::directory::{self, DirectoryError, Liveness, Marker, Occupant};
-use crate::pod::environment::{Facts, Missing, Objects, missing, references};
+use crate::pod::environment::{Facts, Missing, Objects, missing, references, volume_references};
 use crate::pod::events::Kind;
 use crate::pod::isolation::{self, Choice};
 use crate::pod::network::{HostnameError, Network};
-use crate::pod::objects::{self, Held, Read, ReadError};
+use crate::pod::objects::{self, Held, Read, ReadError, Unanswered};
 use crate::pod::security;
 use crate::pod::volumes::keeper::Turn;
 use crate::pod::volumes::{
-    self, ContainerPlan, Ground, ImageError, Layout, PlannedMount, SubPathError, VolumeError, WriteError,
+    self, ContainerPlan, Ground, ImageError, Layout, MountProblem, PlannedMount, VolumeError, WriteError,
 };
 
 /// Everything that the starts of a pod's containers need.
@@ -36,7 +36,7 @@ pub struct Prepared {
     /// The containers' scripts, by their names.
     pub(super) scripts: BTreeMap<String, Result<PathBuf, ImageError>>,
     /// Containers that cannot start for their volumes.
-    pub(super) problems: BTreeMap<String, SubPathError>,
+    pub(super) problems: BTreeMap<String, MountProblem>,
     /// The containers' mounts, by their names, for a container with a view of the file system of its own: outer ones first,
     /// with sources as they really are.
     pub mounts: BTreeMap<String, Vec<PlannedMount>>,
@@ -172,7 +172,7 @@ pub async fn prepare(
 ) -> Attempt {
     let mut held = turn.lock().await;
     let (read, directory, services) = tokio::join!(
-        read_objects(context, pod, &mut held),
+        read_objects(context, pod, Unanswered::Last, &mut held),
         claim(context, pod, known),
         service_variables(context, pod)
     );
@@ -203,16 +203,24 @@ pub async fn prepare_again(
     if !ours.await.map_err(|error| error.to_string())? {
         return Err(format!("{} is not the pod's directory any more", directory.display()));
     }
-    let (read, services) =
-        tokio::join!(read_objects(context, pod, &mut held), service_variables(context, pod));
+    let (read, services) = tokio::join!(
+        read_objects(context, pod, Unanswered::Fails, &mut held),
+        service_variables(context, pod)
+    );
     let read = read.map_err(|error| error.to_string())?;
     let running = containers::of(pod).map(|(_, container)| container.name.clone()).collect();
     let prepared = fill(context, pod, directory, (read, services), running, &mut held).await;
     prepared.map(|prepared| prepared.layout).map_err(|error| error.to_string())
 }
 
-async fn read_objects(context: &Context, pod: &Pod, held: &mut Held) -> Result<Read, PrepareError> {
-    let read = objects::read(&context.api, pod, &references(pod), held, Timestamp::now()).await;
+async fn read_objects(
+    context: &Context,
+    pod: &Pod,
+    unanswered: Unanswered,
+    held: &mut Held,
+) -> Result<Read, PrepareError> {
+    let wanted = references(pod);
+    let read = objects::read(&context.api, pod, &wanted, held, unanswered, Timestamp::now()).await;
     read.map_err(|ReadError { what, source }| PrepareError::Api { what, source })
 }
 
@@ -234,10 +242,11 @@ async fn fill(
         Choice::Isolated => Some(of_pod(pod, &facts).await?),
         Choice::Plain | Choice::Instead(_) => None,
     };
-    let mut contents = volumes::contents(pod, &objects, &facts)?;
+    let volumes::Found { mut contents, kept, left_out } =
+        volumes::contents(pod, &objects, &held.last, &facts)?;
     let mut plans = Vec::new();
     let mut scripts = BTreeMap::new();
-    for (_, container) in containers::of(pod) {
+    for (kind, container) in containers::of(pod) {
         let made = Made {
             objects: &objects,
             facts: &facts,
@@ -245,13 +254,16 @@ async fn fill(
             directory: &directory,
             network: network.as_ref(),
         };
-        let sub_paths = sub_paths(context, pod, &container, &made);
-        let plan = match sub_paths {
-            Ok(sub_paths) => volumes::plan(&container, &contents, &sub_paths, &ground)?,
-            Err(problem) => ContainerPlan {
-                container: container.name.clone(),
-                problem: Some(problem),
-                ..ContainerPlan::default()
+        let missing = container.volume_mounts.iter().flatten().find_map(|mount| left_out.get(&mount.name));
+        let plan = match (missing, sub_paths(context, pod, &container, &made)) {
+            (Some(error), _) => ContainerPlan::refused(&container.name, error.clone()),
+            (None, Err(problem)) => ContainerPlan::refused(&container.name, problem),
+            (None, Ok(sub_paths)) => match volumes::plan(&container, &contents, &sub_paths, &ground) {
+                // The others have begun without it.
+                Err(error) if kind == containers::Kind::Ephemeral => {
+                    ContainerPlan::refused(&container.name, error)
+                }
+                plan => plan?,
             },
         };
         if plan.problem.is_none() {
@@ -270,15 +282,18 @@ async fn fill(
     if let Choice::Instead(why) = &choice {
         context.events.record(pod, None, Kind::Warning, isolation::REASON, why);
     }
+    for error in kept.values() {
+        context.events.record(pod, None, Kind::Warning, VolumeError::REASON, &error.to_string());
+    }
     for note in network.iter().flat_map(|network| &network.notes) {
         context.events.record(pod, None, Kind::Warning, Network::REASON, note);
     }
     let (uid, group) = (pod.metadata.uid.clone().unwrap_or_default(), security::fs_group(pod));
     let at = directory.clone();
-    let (kept, isolated) = (context.places.kept.clone(), network.is_some());
+    let (kept_directory, isolated) = (context.places.kept.clone(), network.is_some());
     let written = blocking(move || {
         let ground = Ground { directory: &at, home: &home };
-        let beneath = directory::contents(&at, &uid, &kept);
+        let beneath = directory::contents(&at, &uid, &kept_directory);
         let target = volumes::Target { ground, contents: &beneath, uid: &uid, group };
         let problems = volumes::write(&target, &contents, &mut plans, &running)?;
         let mut shown = Vec::new();
@@ -290,7 +305,9 @@ async fn fill(
     });
     let (problems, plans, shown) = written.await??;
     let mounts = plans.into_iter().map(|plan| (plan.container, plan.mounts)).collect();
-    held.note(versions);
+    let spec_volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    let not_made = volume_references(spec_volumes.filter(|volume| kept.contains_key(&volume.name)));
+    held.note(pod, versions, objects.clone(), &not_made);
     Ok(Prepared {
         directory,
         objects,

@@ -15,8 +15,8 @@ use crate::pod::events::Kind;
 use crate::pod::handler::Hook;
 use crate::pod::session::{Joined, Request, RunHandle};
 
-/// What a kubelet leaves a container between SIGTERM and SIGKILL after its preStop hook
-/// (kuberuntime_manager.go, minimumGracePeriodInSeconds).
+/// The least that a kubelet leaves a container between SIGTERM and SIGKILL, however short its grace is or whatever its
+/// preStop hook has taken of it (kuberuntime_manager.go, minimumGracePeriodInSeconds). A drain has no time to give away.
 const LEAST_GRACE: Duration = Duration::from_secs(2);
 
 /// What a run is told.
@@ -109,8 +109,6 @@ struct Ending {
     hook: Option<Hooked>,
     /// Whether it waits for others to end first.
     waits: bool,
-    /// Whether there was anything to wait for, so that the program is owed the least grace.
-    late: bool,
     /// When SIGTERM waits no longer.
     until: Instant,
     /// When the grace is over, of which all this is a part.
@@ -269,7 +267,7 @@ impl Run {
     /// The end was asked for: a preStop hook first, and others before it, within the grace.
     async fn terminate(&mut self, grace: Duration, waits: bool) {
         if self.sent {
-            return self.supervisor.terminate(grace).await;
+            return self.supervisor.terminate(grace.max(self.least())).await;
         }
         let now = Instant::now();
         let kill_at = now + grace;
@@ -287,8 +285,7 @@ impl Run {
                 self.post_start = None;
                 let hook = self.of.pre_stop.take().filter(|_| until > now);
                 let hook = hook.map(|hook| Box::pin(hook.run(self.handle.clone())) as Hooked);
-                let late = hook.is_some() || waits;
-                self.ending = Some(Ending { hook, waits, late, until, kill_at });
+                self.ending = Some(Ending { hook, waits, until, kill_at });
             }
         }
         self.proceed(false).await;
@@ -327,10 +324,12 @@ impl Run {
         };
         self.sent = true;
         let left = ending.kill_at.saturating_duration_since(Instant::now());
-        // What had nothing to wait for has its grace, however short.
-        let owed = ending.late && !*self.context.draining.borrow();
-        let least = if owed { LEAST_GRACE } else { Duration::ZERO };
-        self.supervisor.terminate(left.max(least)).await;
+        self.supervisor.terminate(left.max(self.least())).await;
+    }
+
+    /// What the program is owed after SIGTERM at any rate.
+    fn least(&self) -> Duration {
+        if *self.context.draining.borrow() { Duration::ZERO } else { LEAST_GRACE }
     }
 
     /// The postStart hook is over. A container whose hook fails is ended.

@@ -19,7 +19,7 @@ use crate::pod::environment::{
 use crate::pod::images;
 use crate::pod::network::Network;
 use crate::pod::security::{self, Ids};
-use crate::pod::volumes::{self, ImageError, PlannedMount, SubPathError};
+use crate::pod::volumes::{self, ImageError, MountProblem, PlannedMount, SubPathError};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
 /// supervisors, which stay at what the job gave them (proc(5), oom_score_adj; raising needs no right).
@@ -40,9 +40,9 @@ pub enum SpecError {
     /// Its environment or command line cannot be made.
     #[error("{0}")]
     Config(#[from] ConfigError),
-    /// What it mounts of a volume is not there.
+    /// What it mounts is not there.
     #[error("{0}")]
-    SubPath(#[from] SubPathError),
+    Mount(#[from] MountProblem),
 }
 
 impl SpecError {
@@ -52,7 +52,7 @@ impl SpecError {
             Self::Image(_) => ImageError::REASON,
             Self::Missing(missing) => missing.reason(),
             Self::Run(error) => error.reason(),
-            Self::Config(_) | Self::SubPath(_) => ConfigError::REASON,
+            Self::Config(_) | Self::Mount(_) => ConfigError::REASON,
         }
     }
 
@@ -63,7 +63,7 @@ impl SpecError {
             Self::Image(ImageError::NoFile { .. } | ImageError::NoScript { .. }) | Self::Config(_) => true,
             Self::Image(ImageError::NoMount { .. }) | Self::Missing(_) => false,
             Self::Run(error) => matches!(error, images::RunError::Config(_)),
-            Self::SubPath(error) => error.may_mend(),
+            Self::Mount(problem) => problem.may_mend(),
         }
     }
 }
