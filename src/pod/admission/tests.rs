@@ -221,6 +221,18 @@ fn node_name_and_host_ports() {
         assert_eq!(got.is_ok(), fits, "{port}");
         assert!(got.is_ok() || got.is_err_and(|rejection| rejection.reason == "NodePorts"));
     }
+
+    // A sidecar has its ports for as long as the pod lives; an init container gives them back.
+    let init = |policy: Option<&str>| {
+        let one = json!({"name": "i", "restartPolicy": policy, "ports": [{"containerPort": 1, "hostPort": 90}]});
+        pod(json!({"initContainers": [one], "containers": [{"name": "c"}]}))
+    };
+    let wants = with_port(json!({"containerPort": 1, "hostPort": 90}));
+    for (policy, fits) in [(Some("Always"), false), (None, true)] {
+        let got = admit(&wants, &node(), &Load::of([&init(policy)]));
+        assert_eq!(got.is_ok(), fits, "{policy:?}");
+        assert_eq!(admit(&init(policy), &node(), &Load::of([&wants])).is_ok(), fits, "{policy:?}");
+    }
 }
 
 #[test]
