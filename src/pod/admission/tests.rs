@@ -224,7 +224,8 @@ fn node_name_and_host_ports() {
 
     // A sidecar has its ports for as long as the pod lives; an init container gives them back.
     let init = |policy: Option<&str>| {
-        let one = json!({"name": "i", "restartPolicy": policy, "ports": [{"containerPort": 1, "hostPort": 90}]});
+        let one =
+            json!({"name": "i", "restartPolicy": policy, "ports": [{"containerPort": 1, "hostPort": 90}]});
         pod(json!({"initContainers": [one], "containers": [{"name": "c"}]}))
     };
     let wants = with_port(json!({"containerPort": 1, "hostPort": 90}));
