@@ -75,6 +75,7 @@ impl Bed {
             open_files: None,
             stop_signal: None,
             no_new_privs: false,
+            cpus: Vec::new(),
             orphan_timeout: SOON,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -175,6 +175,7 @@ mod tests {
             proc: directory.path().join("proc"),
             cgroup: directory.path().join("cg"),
             dev: directory.path().join("dev"),
+            sys: directory.path().join("sys"),
         };
         fs::create_dir_all(roots.proc.join("self")).unwrap();
         fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();

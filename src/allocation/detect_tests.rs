@@ -14,7 +14,7 @@ fn settings(stand_in: &StandIn) -> DetectSettings {
     std::fs::write(proc.join("self/cgroup"), "0::/\n").unwrap();
     std::fs::write(proc.join("meminfo"), "MemTotal:  4194304 kB\n").unwrap();
     let nowhere = stand_in.path().join("nowhere");
-    let roots = Roots { proc, cgroup: nowhere.clone(), dev: nowhere };
+    let roots = Roots { proc, cgroup: nowhere.clone(), dev: nowhere.clone(), sys: nowhere };
     DetectSettings { roots, ..DetectSettings::new(SystemTime::now()) }
 }
 

@@ -15,6 +15,7 @@ mod resources;
 mod slurm;
 #[cfg(test)]
 pub(crate) mod stand_in;
+pub mod topology;
 mod tracker;
 pub mod usage;
 
@@ -160,6 +161,8 @@ pub struct Allocation {
     pub started: Option<Fact<SystemTime>>,
     /// The numbers of the CPUs that this process may use.
     pub cpus: Fact<Vec<usize>>,
+    /// What these CPUs belong to.
+    pub topology: Vec<topology::Cpu>,
     /// The memory that this process may use, in bytes; 0 where it could not be learnt.
     pub memory: Fact<u64>,
     /// The GPUs that were granted.
@@ -268,6 +271,7 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
         Ok(answer) => Fact::new(answer.limit, answer.source),
         Err(error) => Fact::new(TimeLimit::Unknown(error.to_string()), "not learnt"),
     };
+    let cpus = resources::cpus(&settings.roots, job.cpus);
     Allocation {
         asked: batch == BatchSystem::None || by_command(&limit.source),
         batch,
@@ -280,7 +284,8 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
         task: job.task,
         limit,
         started: job.started,
-        cpus: resources::cpus(&settings.roots, job.cpus),
+        topology: topology::of(&settings.roots, &cpus.value),
+        cpus,
         memory: resources::memory(&settings.roots, job.memory),
         gpus: resources::gpus(env, &settings.roots),
         question,

@@ -1,5 +1,6 @@
 //! What `jiriaf-pilot allocation` prints: what was granted, and where each fact was learnt.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use serde::ser::SerializeStruct;
@@ -116,12 +117,23 @@ pub fn render(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemT
         }
         None => row("deadline", "none".to_owned(), ""),
     }
+    let cores: BTreeSet<usize> = a.topology.iter().map(|cpu| cpu.core).collect();
+    let nodes: BTreeSet<usize> = a.topology.iter().map(|cpu| cpu.node).collect();
     row("CPUs", format!("{}: {}", a.cpus.value.len(), format_cpu_list(&a.cpus.value)), &a.cpus.source);
+    row(
+        "cores",
+        format!("{} on {} NUMA node{}", cores.len(), nodes.len(), plural(nodes.len())),
+        "/sys/devices/system",
+    );
     row("memory", format_bytes(a.memory.value), &a.memory.source);
     let gpus: Vec<_> = a.gpus.value.iter().map(|gpu| format!("{:?} {}", gpu.vendor, gpu.id)).collect();
     let gpus = if gpus.is_empty() { "none".to_owned() } else { format!("{}: {}", gpus.len(), list(&gpus)) };
     row("GPUs", gpus, &a.gpus.source);
     table(&rows)
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 /// The first few, and how many more there are.
@@ -165,6 +177,7 @@ fn table(rows: &[[String; 3]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::topology::Cpu;
     use crate::allocation::{BatchSystem, Gpu, Question, Vendor};
     use std::time::UNIX_EPOCH;
 
@@ -181,6 +194,9 @@ mod tests {
             limit: Fact::new(TimeLimit::Ends(UNIX_EPOCH + Duration::from_secs(7200)), "squeue %L"),
             started: Some(Fact::new(UNIX_EPOCH, "SLURM_JOB_START_TIME")),
             cpus: Fact::new(vec![0, 1, 2, 5], "affinity mask"),
+            topology: [(0, 0, 0), (1, 1, 0), (2, 0, 0), (5, 5, 1)]
+                .map(|(number, core, node)| Cpu { number, core, node })
+                .into(),
             memory: Fact::new(3 << 29, "SLURM_MEM_PER_NODE"),
             gpus: Fact::new(vec![Gpu { vendor: Vendor::Amd, id: "0".to_owned() }], "ROCR_VISIBLE_DEVICES"),
             question: Question::Nobody,
@@ -206,6 +222,7 @@ mod tests {
             "hosts         20: n1, n2, n3, n4, n5, n6, n7, n8 and 12 more",
             "remaining     01:00:01",
             "CPUs          4: 0-2,5",
+            "cores         3 on 2 NUMA nodes",
             "memory        1.5 GiB",
             "GPUs          1: Amd 0",
         ] {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::environment::Environment;
-use super::{Fact, cgroup};
+use super::{Fact, cgroup, topology};
 
 /// The most that is read of a file of /proc or a cgroup: mountinfo of a host with many containers is some 100 KiB.
 const MAX_FILE: u64 = 1 << 20;
@@ -50,11 +50,13 @@ pub struct Roots {
     pub cgroup: PathBuf,
     /// /dev
     pub dev: PathBuf,
+    /// /sys
+    pub sys: PathBuf,
 }
 
 impl Default for Roots {
     fn default() -> Self {
-        Self { proc: "/proc".into(), cgroup: "/sys/fs/cgroup".into(), dev: "/dev".into() }
+        Self { proc: "/proc".into(), cgroup: "/sys/fs/cgroup".into(), dev: "/dev".into(), sys: "/sys".into() }
     }
 }
 
@@ -93,7 +95,7 @@ pub(super) fn cpus(roots: &Roots, grant: Option<Fact<usize>>) -> Fact<Vec<usize>
         parse_cpu_list(list)
     });
     match allowed {
-        Some(allowed) => cut_to_grant(allowed, grant),
+        Some(allowed) => cut_to_grant(roots, allowed, grant),
         None => {
             // Without /proc nothing is known of numbers: the first of them, as many as were granted, or one.
             let (count, source) = match grant {
@@ -106,7 +108,7 @@ pub(super) fn cpus(roots: &Roots, grant: Option<Fact<usize>>) -> Fact<Vec<usize>
     }
 }
 
-fn cut_to_grant(mut allowed: Vec<usize>, grant: Option<Fact<usize>>) -> Fact<Vec<usize>> {
+fn cut_to_grant(roots: &Roots, allowed: Vec<usize>, grant: Option<Fact<usize>>) -> Fact<Vec<usize>> {
     match grant {
         Some(grant) if grant.value > 0 && grant.value < allowed.len() => {
             let source = format!(
@@ -115,15 +117,14 @@ fn cut_to_grant(mut allowed: Vec<usize>, grant: Option<Fact<usize>>) -> Fact<Vec
                 grant.value,
                 allowed.len()
             );
-            allowed.truncate(grant.value);
-            Fact::new(allowed, source)
+            Fact::new(topology::first(topology::of(roots, &allowed), grant.value), source)
         }
         _ => Fact::new(allowed, "affinity mask"),
     }
 }
 
 /// Reads a list of CPUs as the kernel writes it: `0-3,8,10-11`.
-fn parse_cpu_list(text: &str) -> Option<Vec<usize>> {
+pub(super) fn parse_cpu_list(text: &str) -> Option<Vec<usize>> {
     let mut cpus = BTreeSet::new();
     for range in text.trim().split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -244,12 +245,13 @@ mod tests {
 
     #[test]
     fn a_mask_wider_than_the_grant_is_cut_and_says_so() {
+        let roots = Roots { sys: "/nonexistent".into(), ..Roots::default() };
         let mask = || vec![2, 3, 4, 5];
         let grant = |cpus| Some(Fact::new(cpus, "SLURM_CPUS_ON_NODE"));
-        assert_eq!(cut_to_grant(mask(), None), Fact::new(mask(), "affinity mask"));
-        assert_eq!(cut_to_grant(mask(), grant(4)).source, "affinity mask");
-        assert_eq!(cut_to_grant(mask(), grant(9)).value, mask());
-        let cut = cut_to_grant(mask(), grant(2));
+        assert_eq!(cut_to_grant(&roots, mask(), None), Fact::new(mask(), "affinity mask"));
+        assert_eq!(cut_to_grant(&roots, mask(), grant(4)).source, "affinity mask");
+        assert_eq!(cut_to_grant(&roots, mask(), grant(9)).value, mask());
+        let cut = cut_to_grant(&roots, mask(), grant(2));
         assert_eq!(cut.value, [2, 3]);
         assert!(cut.source.starts_with("SLURM_CPUS_ON_NODE"), "{}", cut.source);
     }
@@ -259,7 +261,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let proc = directory.path().join("proc");
         std::fs::create_dir(&proc).unwrap();
-        let roots = Roots { proc: proc.clone(), cgroup: "/nonexistent".into(), dev: "/nonexistent".into() };
+        let roots = Roots {
+            proc: proc.clone(),
+            cgroup: "/nonexistent".into(),
+            dev: "/nonexistent".into(),
+            sys: "/nonexistent".into(),
+        };
         let source = |grants: &[(u64, &str)]| {
             let grants = grants.iter().map(|(bytes, source)| Fact::new(*bytes, *source)).collect();
             memory(&roots, grants)

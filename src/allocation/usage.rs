@@ -234,7 +234,7 @@ mod tests {
     fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
         let directory = tempfile::tempdir().unwrap();
         let path = |name| directory.path().join(name);
-        let roots = Roots { proc: path("proc"), cgroup: path("cg"), dev: path("dev") };
+        let roots = Roots { proc: path("proc"), cgroup: path("cg"), dev: path("dev"), sys: path("sys") };
         fs::create_dir_all(roots.proc.join("self")).unwrap();
         fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
         let stat = "cpu  100 20 30 9000 50 6 7 800 90 10\ncpu0 1 2 3 4 5 6 7 8 9 10\nbtime 1\n";

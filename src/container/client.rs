@@ -290,6 +290,16 @@ impl Supervisor {
         self.order(&Order::Terminate(grace)).await;
     }
 
+    /// SIGKILL to its whole tree now.
+    pub async fn kill(&mut self) {
+        self.order(&Order::Kill).await;
+    }
+
+    /// Has all of the container run on these CPUs from now on.
+    pub async fn set_cpus(&mut self, cpus: Vec<usize>) {
+        self.order(&Order::Cpus(cpus)).await;
+    }
+
     /// Tells when the container ends at the latest should the pilot be gone.
     pub async fn set_drain(&mut self, at: SystemTime) {
         self.order(&Order::Drain(at)).await;

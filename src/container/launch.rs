@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, setsid};
 
+use super::affinity;
 use super::descriptors;
 use super::exec::exec;
 use super::isolation::{self, Handed, OwnHanded, Word};
@@ -215,6 +216,7 @@ fn become_container(
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
     }
+    affinity::set_own(&launch.cpus);
     if let Some(limit) = launch.open_files {
         let (_, hard) =
             getrlimit(Resource::RLIMIT_NOFILE).map_err(other("reading the limit of open files"))?;

@@ -3,6 +3,7 @@
 //! [`Supervisors::spawn`] starts a supervisor, [`Supervisor::start`] gives it its container, [`Supervisor::next`] tells
 //! what happens. [`supervise`] and [`launch`] are the stages that do it, processes of the same binary.
 
+mod affinity;
 mod client;
 mod descriptors;
 mod exec;

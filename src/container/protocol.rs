@@ -83,6 +83,9 @@ pub struct ContainerSpec {
     /// Whether no program of it may ever have more rights than it begins with (prctl(2), PR_SET_NO_NEW_PRIVS).
     #[serde(default)]
     pub no_new_privs: bool,
+    /// The CPUs on which it runs; none: wherever the pilot may.
+    #[serde(default)]
+    pub cpus: Vec<usize>,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -308,8 +311,12 @@ pub(super) enum Order {
     Start(Box<ContainerSpec>),
     /// SIGTERM now, SIGKILL after this long.
     Terminate(Duration),
+    /// SIGKILL now, with no SIGTERM before it.
+    Kill,
     /// The drain time has moved.
     Drain(SystemTime),
+    /// Run on these CPUs from now on, all that there is of it.
+    Cpus(Vec<usize>),
     /// The end is recorded: go.
     Acknowledge,
     /// Run another program in the container's surroundings. Its standard input, output and error come along as
@@ -363,6 +370,8 @@ pub(super) struct Launch {
     pub oom_score_adj: Option<i32>,
     pub open_files: Option<u64>,
     pub no_new_privs: bool,
+    #[serde(default)]
+    pub cpus: Vec<usize>,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
     /// Whether in namespaces, and which. The pipe for [`super::isolation::Word`]s comes along then, last.
@@ -431,6 +440,7 @@ mod tests {
             open_files: None,
             stop_signal: None,
             no_new_privs: false,
+            cpus: Vec::new(),
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

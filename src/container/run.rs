@@ -21,7 +21,7 @@ use super::protocol::{
     ContainerSpec, End, Event, Launch, Namespaces, Session, StartError, Stdin, Stdio, line,
 };
 use super::sessions::name_terminal;
-use super::{descriptors, process, terminal};
+use super::{affinity, descriptors, process, terminal};
 
 /// What got SIGKILL and is there after this long sleeps in the kernel (state D) or is not ours to kill (setuid).
 const SURVIVORS_LIMIT: Duration = Duration::from_secs(2);
@@ -96,6 +96,7 @@ pub(super) struct Surroundings {
     pub(super) oom_score_adj: Option<i32>,
     pub(super) open_files: Option<u64>,
     pub(super) no_new_privs: bool,
+    pub(super) cpus: Vec<usize>,
     /// Whether the container is in namespaces of its own; their first process once it is known.
     pub(super) isolated: bool,
     pub(super) init: Option<i32>,
@@ -145,6 +146,7 @@ impl Running {
             oom_score_adj: spec.oom_score_adj,
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
+            cpus: spec.cpus.clone(),
             isolated: spec.view.is_some(),
             init: None,
         };
@@ -167,6 +169,7 @@ impl Running {
             oom_score_adj: spec.oom_score_adj,
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
+            cpus: spec.cpus,
             stdin: ends.kind,
             place: spec.view.map_or(Namespaces::Outer, Namespaces::New),
             in_namespaces: false,
@@ -251,6 +254,18 @@ impl Running {
                 self.send_term();
             }
         }
+    }
+
+    /// SIGKILL as soon as the caller looks at the clock, with no SIGTERM before it.
+    pub(super) fn kill(&mut self) {
+        self.terminated = true;
+        self.kill_at = Some(Instant::now());
+    }
+
+    /// All of the container runs on these CPUs from now on.
+    pub(super) fn set_cpus(&mut self, cpus: Vec<usize>) {
+        affinity::set_all(|| process::descendants(nix::unistd::getpid().as_raw()), &cpus);
+        self.surroundings.cpus = cpus;
     }
 
     fn send_term(&self) {

@@ -233,6 +233,7 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         oom_score_adj: surroundings.oom_score_adj,
         open_files: surroundings.open_files,
         no_new_privs: surroundings.no_new_privs,
+        cpus: surroundings.cpus,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
         place,
         in_namespaces: false,

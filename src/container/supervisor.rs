@@ -310,7 +310,16 @@ impl Supervisor {
             match order {
                 Order::Start(spec) => self.start(*spec),
                 Order::Terminate(grace) => self.terminate(grace),
+                Order::Kill => match &mut self.running {
+                    Some(running) => running.kill(),
+                    None => self.done = self.over.is_none(),
+                },
                 Order::Drain(at) => self.drain_at = Some(at),
+                Order::Cpus(cpus) => {
+                    if let Some(running) = &mut self.running {
+                        running.set_cpus(cpus);
+                    }
+                }
                 // Only the end can be acknowledged: a pilot that gives up before is one that has gone.
                 Order::Acknowledge => self.done = self.over.is_some() || self.running.is_none(),
                 Order::Exec(spec) => {

@@ -18,6 +18,7 @@
 mod files;
 mod pgid;
 mod tally;
+pub mod weight;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};

@@ -20,6 +20,7 @@ use super::ports::Ports;
 use super::record::Records;
 use super::roster::Roster;
 use super::services::Services;
+use super::share::Placement;
 use crate::container::{Session, Supervisors};
 use crate::pilot_metrics::PilotMetrics;
 
@@ -101,6 +102,8 @@ pub struct Context {
     pub expand: Expand,
     /// What containers do whose image is no script of theirs.
     pub images: Images,
+    /// Where containers run, and which GPUs there are.
+    pub shares: Shares,
     /// What the Node offers, for resourceFieldRef.
     pub allocatable: BTreeMap<String, Quantity>,
     /// When the pods will be ended, where that is known.
@@ -130,6 +133,15 @@ impl Context {
             allocatable: self.allocatable.clone(),
         }
     }
+}
+
+/// What all pods know of each other's shares.
+#[derive(Debug, Clone)]
+pub struct Shares {
+    /// Where each container runs, and when that changes. The manager says so.
+    pub placement: watch::Receiver<Arc<Placement>>,
+    /// The job's GPUs by their resource.
+    pub devices: BTreeMap<String, Vec<String>>,
 }
 
 /// This pilot's Node, host and job.

@@ -24,10 +24,11 @@ use tokio::time::Instant;
 
 use self::refusals::Owners;
 use super::admission::{self, Load, NodeFacts, Rejection};
-use super::context::{Context, on_disk};
+use super::context::{Context, Shares, on_disk};
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::record::Record;
+use super::share::{Grant, Ledger, Placement};
 use super::source::PodEvent;
 use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput};
 use super::worker::{self, Command, Note, Start};
@@ -148,6 +149,19 @@ pub struct Setup {
     pub facts: watch::Receiver<NodeFacts>,
     /// Pods of before a crash, and the supervisors that are still there.
     pub recovered: Vec<Recovered>,
+    /// What there is to hand out.
+    pub ledger: Ledger,
+    /// Where it is told who runs where.
+    pub placement: watch::Sender<Arc<Placement>>,
+}
+
+/// A ledger of a grant, where it is told who runs where, and what all pods know of it.
+#[must_use]
+pub fn shares(grant: Grant) -> (Ledger, watch::Sender<Arc<Placement>>, Shares) {
+    let devices = grant.devices.clone();
+    let ledger = Ledger::new(grant);
+    let (placement_tx, placement) = watch::channel(Arc::new(ledger.placement()));
+    (ledger, placement_tx, Shares { placement, devices })
 }
 
 /// Starts the manager.
@@ -176,6 +190,8 @@ pub fn spawn(setup: Setup) -> Manager {
         shutdown: None,
         listed: false,
         counts: counts_tx,
+        ledger: setup.ledger,
+        placement: setup.placement,
     };
     tokio::spawn(state.run(setup.pods, requests, setup.recovered));
     Manager { requests: requests_tx, counts }
@@ -218,6 +234,8 @@ struct State {
     shutdown: Option<Instant>,
     listed: bool,
     counts: watch::Sender<Counts>,
+    ledger: Ledger,
+    placement: watch::Sender<Arc<Placement>>,
 }
 
 impl State {
@@ -227,9 +245,13 @@ impl State {
         mut requests: mpsc::Receiver<Request>,
         recovered: Vec<Recovered>,
     ) {
-        for (record, supervisors) in recovered {
+        for (mut record, supervisors) in recovered {
+            if record.last_status.is_none() {
+                record.share = self.ledger.restore(record.uid(), &record.share);
+            }
             self.start(record, Start::Resumed(supervisors));
         }
+        self.place();
         loop {
             tokio::select! {
                 biased;
@@ -335,6 +357,7 @@ impl State {
                     entry.ended = true;
                     entry.outcome = Some(*outcome);
                 }
+                self.release(&uid);
             }
             Note::Reported(uid, outcome) => {
                 if let Some(entry) = self.pods.get_mut(&uid) {
@@ -347,6 +370,7 @@ impl State {
             }
             Note::Finished(uid, outcome) => {
                 let entry = self.pods.remove(&uid);
+                self.release(&uid);
                 let Some(outcome) = outcome else { return };
                 match entry {
                     // Its object went before its end could be reported, so nothing of it was told yet.
@@ -492,17 +516,41 @@ impl State {
         let load = Load::of(self.pods.values().filter(|e| !e.ended).map(|e| &e.pod));
         let admitted = admission::admit(&pod, &self.facts.borrow(), &load);
         match admitted {
-            Ok(()) => {
-                tracing::info!(
-                    namespace = pod.metadata.namespace,
-                    pod = pod.metadata.name,
-                    uid,
-                    "pod admitted"
-                );
-                self.start(Record::new(pod, Timestamp::now()), Start::Fresh);
-            }
+            Ok(()) => self.admitted(pod),
             Err(rejection) => self.refuse(pod, rejection),
         }
+    }
+
+    /// A pod that may run: it gets its share, and starts.
+    fn admitted(&mut self, pod: Pod) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let share = match self.ledger.take(&uid, &pod) {
+            Ok(share) => share,
+            Err(shortage) => {
+                // What a kubelet says when its CPU or device manager finds less than admission counted.
+                let message = format!("Allocate failed due to {shortage}, which is unexpected");
+                return self
+                    .refuse(pod, Rejection { reason: "UnexpectedAdmissionError".to_owned(), message });
+            }
+        };
+        if !share.containers.is_empty() {
+            self.place();
+        }
+        tracing::info!(namespace = pod.metadata.namespace, pod = pod.metadata.name, uid, "pod admitted");
+        self.start(Record { share, ..Record::new(pod, Timestamp::now()) }, Start::Fresh);
+    }
+
+    /// A pod has ended, or is gone: what it had is free.
+    fn release(&mut self, uid: &str) {
+        if self.ledger.release(uid) {
+            self.place();
+        }
+    }
+
+    /// Tells who runs where now.
+    fn place(&self) {
+        let now = Arc::new(self.ledger.placement());
+        self.placement.send_if_modified(|old| std::mem::replace(old, Arc::clone(&now)) != now);
     }
 
     fn start(&mut self, record: Record, start: Start) {

@@ -28,6 +28,7 @@ pub mod roster;
 pub mod security;
 pub mod services;
 pub mod session;
+pub mod share;
 pub mod source;
 pub mod status;
 pub mod volumes;

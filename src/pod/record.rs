@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use serde::{Deserialize, Serialize};
 
+use super::share::Share;
 use super::status::{Ending, State, Terminated};
 use crate::files;
 
@@ -39,6 +40,9 @@ pub struct Record {
     /// What becomes of it, whatever its containers say: it is being evicted, or was active too long.
     #[serde(default)]
     pub ending: Option<Ending>,
+    /// What of the allocation it has to itself.
+    #[serde(default)]
+    pub share: Share,
 }
 
 /// A container as this pilot has it.
@@ -102,6 +106,7 @@ impl Record {
             containers: BTreeMap::new(),
             last_status: None,
             ending: None,
+            share: Share::default(),
         }
     }
 

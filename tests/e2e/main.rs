@@ -39,6 +39,7 @@ mod reference;
 mod restarts;
 mod scripts;
 mod seed;
+mod shares;
 mod signals;
 mod status;
 mod tunnel;

@@ -14,7 +14,7 @@ use crate::allocation::{
 };
 use crate::cli::PodArgs;
 use crate::commands::run::setup::{
-    SetupError, capacity, default_state_dir, instance, isolation, place, places, policy, private,
+    SetupError, capacity, default_state_dir, grant, instance, isolation, place, places, policy, private,
     spawn_housekeeping, this_process,
 };
 use crate::container::Supervisors;
@@ -122,6 +122,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
     let (events, pods) = mpsc::channel(WAITING);
     let (draining, draining_rx) = watch::channel(false);
     let (facts_tx, facts_rx) = watch::channel(facts.clone());
+    let (ledger, placement, shares) = manager::shares(grant(&found));
     let context = Arc::new(Context {
         api: Api::Files(Files::new(manifests.config_maps.clone(), manifests.secrets.clone(), statuses_tx)),
         events: Events::to_log(),
@@ -145,6 +146,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         expand: args.expand.into(),
         images: args.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
+        shares,
         drain,
         draining: draining_rx,
         // Nobody starts `play` again, so its containers end with it.
@@ -160,6 +162,8 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         pods,
         facts: facts_rx,
         recovered: Vec::new(),
+        ledger,
+        placement,
     });
     Ok(Stage {
         manager,

@@ -31,7 +31,7 @@ use self::deadline::{Followers, follow_deadline, say_what_was_granted};
 pub(in crate::commands) use self::isolation::isolation;
 pub use self::join::{join, leave};
 pub(in crate::commands) use self::join::{policy, spawn_housekeeping};
-pub(in crate::commands) use self::node::{capacity, node_name, site};
+pub(in crate::commands) use self::node::{capacity, grant, node_name, site};
 pub use self::places::default_state_dir;
 pub(in crate::commands) use self::places::{place, places, private, take_lock};
 pub use self::reach::{Way, reach, register};

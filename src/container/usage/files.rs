@@ -39,6 +39,8 @@ pub(super) struct Stat {
     pub(super) ended_minor_faults: u64,
     pub(super) major_faults: u64,
     pub(super) ended_major_faults: u64,
+    /// Resident memory, in bytes.
+    pub(super) resident: u64,
 }
 
 impl Stat {
@@ -47,7 +49,7 @@ impl Stat {
     pub(super) fn parse(line: &[u8]) -> Option<Self> {
         let name_end = line.iter().rposition(|byte| *byte == b')')?;
         let text = std::str::from_utf8(line.get(name_end + 1..)?).ok()?;
-        let mut fields = [""; 20];
+        let mut fields = [""; 22];
         let mut count = 0;
         for (place, field) in fields.iter_mut().zip(text.split_ascii_whitespace()) {
             *place = field;
@@ -71,6 +73,7 @@ impl Stat {
             ended_minor_faults: number(11),
             major_faults: number(12),
             ended_major_faults: number(13),
+            resident: number(24) * page_size(),
         })
     }
 }
@@ -294,6 +297,7 @@ mod tests {
             ended_minor_faults: 5302,
             major_faults: 7,
             ended_major_faults: 9,
+            resident: 395 * page_size(),
         };
         assert_eq!(stat, wanted);
         for bad in [

@@ -20,6 +20,7 @@ use super::containers;
 use super::isolation::{Choice, Isolation};
 use super::quantity::{self, Amount};
 use super::security;
+use super::share::is_gpu;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
 
 /// What admission knows of the node.
@@ -169,8 +170,9 @@ fn resources(spec: &PodSpec, node: &NodeFacts, running: &Load) -> Result<(), Rej
         };
         let capacity = match allocatable(resource)? {
             Some(capacity) => capacity,
-            // Extended resources that the node does not have are not the node's to check.
-            None if is_extended(resource) => continue,
+            // Extended resources that the node does not have are not the node's to check: but a pod that wants a GPU is not to
+            // run without one.
+            None if is_extended(resource) && !is_gpu(resource) => continue,
             None => Amount::ZERO,
         };
         let used = running.used(resource);

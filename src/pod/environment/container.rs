@@ -22,6 +22,8 @@ pub struct Additions {
     /// `HOSTNAME`, which container runtimes set (containerd, `containerSpecOpts`): `$(HOSTNAME)` does not know it. None: what
     /// is inherited stays.
     pub hostname: Option<String>,
+    /// What the container is told of its share, in the place of what is inherited.
+    pub share: Vec<(String, String)>,
     /// `JIRIAF_CONTAINER`: the mark by which what is left of a container is found.
     pub mark: String,
 }
@@ -134,6 +136,7 @@ pub fn container_env(input: &EnvInput<'_>) -> Result<ContainerEnv, ConfigError> 
     let mut inherited: BTreeMap<&str, &str> =
         input.inherited.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     inherited.extend(input.additions.hostname.as_deref().map(|name| ("HOSTNAME", name)));
+    inherited.extend(input.additions.share.iter().map(|(name, value)| (name.as_str(), value.as_str())));
 
     for var in input.container.env.iter().flatten() {
         let value = match (var.value.as_deref().unwrap_or(""), &var.value_from) {

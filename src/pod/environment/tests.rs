@@ -40,6 +40,7 @@ fn made_on(container: Value, expand: Expand, hostname: Option<&str>) -> Result<C
         termination_log: "/home/u/p1/containers/c1/termination-log".to_owned(),
         hostname: hostname.map(str::to_owned),
         drain_time: Some(jiff::Timestamp::from_second(1_700_000_000).unwrap()),
+        share: vec![("OMP_NUM_THREADS".to_owned(), "4".to_owned())],
         mark: "n/u/c1/0".to_owned(),
     };
     container_env(&EnvInput {
@@ -134,12 +135,16 @@ fn the_pilots_variables_stay_and_ours_are_added() {
             ("JIRIAF_DRAIN_TIME", "1700000000"),
             ("JIRIAF_POD_DIR", "/home/u/p1"),
             ("JIRIAF_TERMINATION_LOG", "/home/u/p1/containers/c1/termination-log"),
+            // Of the container's share; the pod's own would win.
+            ("OMP_NUM_THREADS", "4"),
             ("PATH", "/mine"),
             ("SLURM_JOB_ID", "7"),
         ])
     );
     assert_eq!((env.get("PATH"), env.get("NONE")), (Some("/mine"), None));
     assert_eq!(env.get_declared("HOME"), None, "inherited, not declared");
+    let own = made(json!({"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}), Expand::Jiriaf).unwrap();
+    assert_eq!(own.get("OMP_NUM_THREADS"), Some("1"));
 }
 
 #[test]

@@ -36,6 +36,7 @@ fn case() -> Case {
     let (drain_tx, drain) = watch::channel(None);
     let (facts_tx, facts) = watch::channel(NodeFacts::default());
     let (pods, pods_rx) = mpsc::channel(16);
+    let (ledger, placement, shares) = shares(Grant::default());
     let context = Arc::new(Context {
         api: Api::Files(Files::new([], [], statuses_tx)),
         events: Events::to_log(),
@@ -61,6 +62,7 @@ fn case() -> Case {
         expand: Expand::default(),
         images: Default::default(),
         allocatable: BTreeMap::new(),
+        shares,
         drain,
         draining: draining_rx,
         roster: Arc::default(),
@@ -76,7 +78,7 @@ fn case() -> Case {
         ports: None,
         output: None,
     });
-    let manager = spawn(Setup { context, pods: pods_rx, facts, recovered: Vec::new() });
+    let manager = spawn(Setup { context, pods: pods_rx, facts, recovered: Vec::new(), ledger, placement });
     Case { manager, pods, statuses, draining, _facts: facts_tx, _drain: drain_tx, _directory: directory }
 }
 

@@ -19,6 +19,7 @@ use crate::pod::isolation::{self, Choice};
 use crate::pod::network::{HostnameError, Network};
 use crate::pod::objects::{self, Held, Read, ReadError, Unanswered};
 use crate::pod::security;
+use crate::pod::share::Share;
 use crate::pod::volumes::keeper::Turn;
 use crate::pod::volumes::{
     self, ContainerPlan, Ground, ImageError, Layout, MountProblem, PlannedMount, VolumeError, WriteError,
@@ -48,6 +49,8 @@ pub struct Prepared {
     pub(super) network: Option<Network>,
     /// What these see of what is hidden: the pod's own part.
     pub(super) shown: Vec<PathBuf>,
+    /// What of the allocation the pod has to itself.
+    pub(super) share: Share,
 }
 
 impl Prepared {
@@ -165,7 +168,7 @@ pub struct Attempt {
 /// is. The `turn` is held throughout, so that the keeper of the pod's volumes neither reads nor writes meanwhile.
 pub async fn prepare(
     context: &Context,
-    pod: &Pod,
+    (pod, share): (&Pod, &Share),
     known: Option<PathBuf>,
     turn: Turn,
     running: BTreeSet<String>,
@@ -178,7 +181,8 @@ pub async fn prepare(
     );
     match (read, directory) {
         (Ok(read), Ok(directory)) => {
-            let result = fill(context, pod, directory.clone(), (read, services), running, &mut held).await;
+            let result =
+                fill(context, (pod, share), directory.clone(), (read, services), running, &mut held).await;
             Attempt { directory: Some(directory), result }
         }
         (Err(error), Ok(directory)) => Attempt { directory: Some(directory), result: Err(error) },
@@ -209,7 +213,8 @@ pub async fn prepare_again(
     );
     let read = read.map_err(|error| error.to_string())?;
     let running = containers::of(pod).map(|(_, container)| container.name.clone()).collect();
-    let prepared = fill(context, pod, directory, (read, services), running, &mut held).await;
+    let prepared =
+        fill(context, (pod, &Share::default()), directory, (read, services), running, &mut held).await;
     prepared.map(|prepared| prepared.layout).map_err(|error| error.to_string())
 }
 
@@ -227,7 +232,7 @@ async fn read_objects(
 /// Writes the volumes into the pod's directory and finds the scripts.
 async fn fill(
     context: &Context,
-    pod: &Pod,
+    (pod, share): (&Pod, &Share),
     directory: PathBuf,
     (read, services): (Read, BTreeMap<String, String>),
     running: BTreeSet<String>,
@@ -253,6 +258,7 @@ async fn fill(
             services: &services,
             directory: &directory,
             network: network.as_ref(),
+            share,
         };
         let missing = container.volume_mounts.iter().flatten().find_map(|mount| left_out.get(&mount.name));
         let plan = match (missing, sub_paths(context, pod, &container, &made)) {
@@ -320,6 +326,7 @@ async fn fill(
         notes,
         network,
         shown,
+        share: share.clone(),
     })
 }
 

@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use super::spec;
 use super::termination::LastWord;
 use crate::container::{ContainerSpec, End, Event, StartError, Supervisor};
 use crate::pod::context::{Context, OutputLine};
@@ -135,6 +136,7 @@ struct Run {
 
 impl Run {
     async fn live(mut self, spec: Option<ContainerSpec>) {
+        let spec_cpus = spec.as_ref().map(|spec| spec.cpus.clone()).unwrap_or_default();
         if let Some(spec) = spec {
             // An earlier run's message is not this one's.
             if let Some(word) = self.of.last_word.as_ref().filter(|_| self.of.restart > 0) {
@@ -143,6 +145,10 @@ impl Run {
             self.supervisor.start(spec).await;
         }
         let mut drain = self.context.drain.clone();
+        let mut placement = self.context.shares.placement.clone();
+        placement.mark_changed();
+        // A run of before a crash of the pilot may be elsewhere than it should be by now.
+        let mut cpus = spec_cpus;
         loop {
             let event = tokio::select! {
                 biased;
@@ -174,6 +180,14 @@ impl Run {
                 }
                 moved = next_drain(&mut drain) => {
                     self.supervisor.set_drain(moved).await;
+                    continue;
+                }
+                Ok(()) = placement.changed() => {
+                    let now = spec::cpus(&self.context, &self.of.pod, &self.of.container);
+                    if now != cpus {
+                        self.supervisor.set_cpus(now.clone()).await;
+                        cpus = now;
+                    }
                     continue;
                 }
             };

@@ -19,6 +19,7 @@ use crate::pod::environment::{
 use crate::pod::images;
 use crate::pod::network::Network;
 use crate::pod::security::{self, Ids};
+use crate::pod::share::{self, Share};
 use crate::pod::volumes::{self, ImageError, MountProblem, PlannedMount, SubPathError};
 
 /// How far a container is from being the kernel's first choice when memory runs out: farther up than the pilot and the
@@ -121,6 +122,7 @@ pub fn spec(
         services: &prepared.services,
         directory: &prepared.directory,
         network: prepared.network.as_ref(),
+        share: &prepared.share,
     };
     let env = environment(context, pod, container, restart, &made)?;
     let (argv, vars, contained) = match script {
@@ -173,6 +175,7 @@ pub fn spec(
         forward_output: context.output.is_some(),
         stdio: stdio(container),
         no_new_privs: security::no_new_privs(container),
+        cpus: cpus(context, pod, name),
         view,
     };
     Ok((spec, env.skipped))
@@ -184,6 +187,12 @@ fn stop_signal(container: &Container) -> Option<i32> {
     name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
 }
 
+/// The CPUs on which a container runs now.
+pub(super) fn cpus(context: &Context, pod: &Pod, container: &str) -> Vec<usize> {
+    let placement = context.shares.placement.borrow();
+    placement.cpus(pod.metadata.uid.as_deref().unwrap_or_default(), container).to_vec()
+}
+
 /// What an environment is made of.
 pub(super) struct Made<'a> {
     pub(super) objects: &'a Objects,
@@ -191,6 +200,7 @@ pub(super) struct Made<'a> {
     pub(super) services: &'a BTreeMap<String, String>,
     pub(super) directory: &'a Path,
     pub(super) network: Option<&'a Network>,
+    pub(super) share: &'a Share,
 }
 
 /// The environment of one run of a container.
@@ -215,6 +225,12 @@ fn environment(
         container_dir: own.display().to_string(),
         drain_time: drain.and_then(|at| Timestamp::try_from(at).ok()),
         hostname: made.network.map(kernel_name),
+        share: share::variables(
+            made.share.containers.get(&container.name),
+            cpus(context, pod, &container.name).len(),
+            &context.shares.devices,
+            &context.inherited,
+        ),
         mark,
     };
     container_env(&EnvInput {

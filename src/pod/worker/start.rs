@@ -159,14 +159,13 @@ impl Worker {
     pub(super) fn prepare(&mut self) {
         self.prepare_at = None;
         let context = Arc::clone(&self.context);
-        let pod = self.record.pod.clone();
+        let (pod, share) = (self.record.pod.clone(), self.record.share.clone());
         let directory = self.record.directory.clone();
         let turn = self.keeper.turn();
         let running = self.containers.iter().filter(|c| c.run.is_some()).map(|c| c.name.clone()).collect();
-        self.preparing =
-            Some(tokio::spawn(
-                async move { prepare::prepare(&context, &pod, directory, turn, running).await },
-            ));
+        self.preparing = Some(tokio::spawn(async move {
+            prepare::prepare(&context, (&pod, &share), directory, turn, running).await
+        }));
         self.eager = true;
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
 use super::deadline::rfc3339;
-use super::node::{facts, follow_labels};
+use super::node::{facts, follow_labels, grant};
 use super::reach::{self, Entered, Way};
 use super::state::guardian_process;
 use super::{Begun, Pilot, SetupError, tunnel};
@@ -19,7 +19,7 @@ use crate::node::NodeHandle;
 use crate::pilot_metrics::PilotMetrics;
 use crate::pod::admission::NodeFacts;
 use crate::pod::api::{Api, Cluster};
-use crate::pod::context::{Context, Identity, Policy, on_disk};
+use crate::pod::context::{Context, Identity, Policy, Shares, on_disk};
 use crate::pod::directory;
 use crate::pod::events::Events;
 use crate::pod::isolation::Isolation;
@@ -43,7 +43,8 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     let Entered { node, facts, api } = entered;
     node.spawn_upkeep();
     let node = Arc::new(node);
-    let context = context(args, &begun, &way, &facts);
+    let (ledger, placement, shares) = manager::shares(grant(&begun.allocation));
+    let context = context(args, &begun, &way, &facts, shares);
     if let Some(tunnels) = &begun.holds.tunnels {
         tunnel::follow_node(&node, tunnels, args.advertise_address.is_some());
         if let Some(ports) = &context.ports {
@@ -57,6 +58,8 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
         pods: source::watch(way.client, &begun.name),
         facts: follow_labels(facts, node.labels()),
         recovered: std::mem::take(&mut begun.recovered),
+        ledger,
+        placement,
     });
     let known = *begun.timing.borrow();
     tracing::info!(
@@ -81,17 +84,25 @@ pub async fn leave(args: &RunArgs, mut begun: Begun) -> Result<Pilot, SetupError
     // Statuses name it; no pod starts any more.
     let ip = reach::address(args, &begun).await.unwrap_or_else(|_| "127.0.0.1".to_owned());
     let facts = facts(&reach::config(args, &begun, &ip), args, &begun.isolation);
-    let context = context(args, &begun, &Way { client, ip, metrics }, &facts);
+    let (ledger, placement, shares) = manager::shares(grant(&begun.allocation));
+    let context = context(args, &begun, &Way { client, ip, metrics }, &facts, shares);
     spawn_housekeeping(&context);
     let (_, pods) = mpsc::channel(1);
     let (_, facts) = tokio::sync::watch::channel(facts);
     let recovered = std::mem::take(&mut begun.recovered);
-    let manager = manager::spawn(manager::Setup { context: Arc::clone(&context), pods, facts, recovered });
+    let manager = manager::spawn(manager::Setup {
+        context: Arc::clone(&context),
+        pods,
+        facts,
+        recovered,
+        ledger,
+        placement,
+    });
     Ok(pilot(begun, None, manager, context))
 }
 
 /// What all pods share.
-fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<Context> {
+fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts, shares: Shares) -> Arc<Context> {
     let name = &begun.name;
     let variables = begun.env.iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
     let draining = begun.draining.subscribe();
@@ -119,6 +130,7 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts) -> Arc<C
         expand: args.pods.expand.into(),
         images: args.pods.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
+        shares,
         drain: begun.drain.clone(),
         draining,
         roster: Arc::default(),

@@ -16,6 +16,7 @@ use crate::node::{self, NodeConfig};
 use crate::pod::admission::NodeFacts;
 use crate::pod::context::Places;
 use crate::pod::isolation::Isolation;
+use crate::pod::share::{self, Grant, Processor};
 
 /// The label jiriaf.site: as set, else the batch cluster's name.
 pub(in crate::commands) fn site(args: &RunArgs, allocation: &Allocation) -> String {
@@ -121,6 +122,20 @@ pub(in crate::commands) fn capacity(allocation: &Allocation, pods: &Path) -> nod
     }
 }
 
+/// What there is to hand out to pods.
+pub(in crate::commands) fn grant(allocation: &Allocation) -> Grant {
+    let mut devices: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for gpu in &allocation.gpus.value {
+        devices.entry(resource(gpu.vendor).to_owned()).or_default().push(gpu.id.clone());
+    }
+    let processors = allocation.topology.iter().map(|cpu| Processor {
+        number: cpu.number,
+        core: cpu.core,
+        node: cpu.node,
+    });
+    Grant { processors: processors.collect(), devices }
+}
+
 /// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.
 /// `None` where no end is known yet; the label then comes with the deadline.
 pub(super) fn allocated(args: &RunArgs, allocation: &Allocation, state: &PilotState) -> Option<Duration> {
@@ -138,9 +153,9 @@ pub(super) fn allocated(args: &RunArgs, allocation: &Allocation, state: &PilotSt
 /// The resource that a vendor's device plugin offers.
 pub(super) fn resource(vendor: Vendor) -> &'static str {
     match vendor {
-        Vendor::Nvidia => "nvidia.com/gpu",
-        Vendor::Amd => "amd.com/gpu",
-        Vendor::Intel => "gpu.intel.com/i915",
+        Vendor::Nvidia => share::NVIDIA,
+        Vendor::Amd => share::AMD,
+        Vendor::Intel => share::INTEL,
     }
 }
 
