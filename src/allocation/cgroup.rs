@@ -113,6 +113,21 @@ pub(super) fn memory_limit(roots: &Roots, host: Option<u64>) -> Option<MemoryLim
         .min_by_key(|limit| limit.bytes)
 }
 
+/// The directories of this process's memory cgroups, from the hierarchy's root to its own level: whether they are v2's, and
+/// their limits.
+pub(super) fn memory_levels(roots: &Roots) -> Vec<(bool, PathBuf, Option<u64>)> {
+    let mut levels = Vec::new();
+    for own in own(roots, "memory") {
+        let name = if own.mount.v2 { "memory.max" } else { "memory.limit_in_bytes" };
+        for directory in directories(&own.mount, &own.components) {
+            // A hierarchy may be there without the controller: v2 beside v1.
+            let Some(limit) = read_small(&directory.join(name)) else { continue };
+            levels.push((own.mount.v2, directory, parse_limit(&limit).filter(|limit| *limit < NO_LIMIT)));
+        }
+    }
+    levels
+}
+
 /// The directories of the batch job's own cgroup that have a controller's files, and whether they are cgroup v2's. Of the
 /// whole job on this host, not of the step or task that this process is in.
 pub(super) fn job_directories(roots: &Roots, controller: &str) -> Vec<(bool, PathBuf)> {
@@ -139,17 +154,22 @@ fn limits(mount: &Mount, components: &[String]) -> Vec<MemoryLimit> {
     } else {
         ("cgroup v1 memory.limit_in_bytes", "memory.limit_in_bytes")
     };
-    let levels = components.len().min(MAX_LEVELS);
-    let directories = (0..=levels).map(|depth| {
-        let path: PathBuf = components.iter().take(depth).collect();
-        if depth == 0 { mount.point.clone() } else { mount.point.join(path) }
-    });
+    let directories = directories(mount, components);
     let read = |directory: PathBuf| {
         let file = directory.join(name);
         let bytes = parse_limit(&read_small(&file)?)?;
         Some(MemoryLimit { bytes, kind, file })
     };
     directories.filter_map(read).collect()
+}
+
+/// A cgroup's directory and those above it, the root's first.
+fn directories(mount: &Mount, components: &[String]) -> impl Iterator<Item = PathBuf> {
+    let levels = components.len().min(MAX_LEVELS);
+    (0..=levels).map(|depth| {
+        let path: PathBuf = components.iter().take(depth).collect();
+        if depth == 0 { mount.point.clone() } else { mount.point.join(path) }
+    })
 }
 
 /// Reads a limit in bytes; `max` is none.

@@ -8,6 +8,7 @@ pub mod command;
 pub mod deadline;
 pub mod duration;
 mod environment;
+pub mod gauge;
 mod pbs;
 mod pbs_text;
 pub mod report;

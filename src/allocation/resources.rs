@@ -155,7 +155,7 @@ pub(super) fn format_cpu_list(cpus: &[usize]) -> String {
 
 /// The least of what the cgroup, the batch system and the host say, in bytes.
 pub(super) fn memory(roots: &Roots, grants: Vec<Fact<u64>>) -> Fact<u64> {
-    let host = read_small(&roots.proc.join("meminfo")).and_then(|text| parse_mem_total(&text));
+    let host = mem_total(roots);
     let limit = cgroup::memory_limit(roots, host)
         .map(|limit| Fact::new(limit.bytes, format!("{} at {}", limit.kind, limit.file.display())));
     let host = host.map(|bytes| Fact::new(bytes, "MemTotal of the host"));
@@ -164,6 +164,11 @@ pub(super) fn memory(roots: &Roots, grants: Vec<Fact<u64>>) -> Fact<u64> {
     known.min_by_key(|fact| fact.value).unwrap_or_else(|| {
         Fact::new(0, format!("nothing ({} cannot be read)", roots.proc.join("meminfo").display()))
     })
+}
+
+/// The host's memory in bytes.
+pub(super) fn mem_total(roots: &Roots) -> Option<u64> {
+    read_small(&roots.proc.join("meminfo")).and_then(|text| parse_mem_total(&text))
 }
 
 /// Reads `MemTotal:  16305404 kB`, in bytes.

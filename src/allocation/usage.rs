@@ -167,7 +167,7 @@ impl MemorySource {
 }
 
 /// The number after a name at the beginning of a line: `name 12`, `name: 12 kB`.
-fn value(text: &str, name: &str) -> Option<u64> {
+pub(super) fn value(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let rest = line.strip_prefix(name)?;
         let rest = rest.strip_prefix(':').unwrap_or(rest);

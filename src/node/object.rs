@@ -41,6 +41,8 @@ pub struct Capacity {
     /// Bytes of memory. Published in Ki, which JIRIAF's tools read (bare bytes they show as 0); the API server
     /// itself makes `1Gi` of a whole one, which they read too.
     pub memory_bytes: u64,
+    /// What of the memory no pod gets.
+    pub memory_reserved_bytes: u64,
     /// Number of pods.
     pub pods: u32,
     /// Bytes for the pods' directories and logs. Published in Ki.
@@ -61,6 +63,13 @@ impl Capacity {
         all.insert("pods".to_owned(), Quantity(self.pods.to_string()));
         all.insert("ephemeral-storage".to_owned(), kibibytes(self.ephemeral_storage_bytes));
         all
+    }
+
+    /// What pods may have of it.
+    #[must_use]
+    pub fn allocatable(&self) -> BTreeMap<String, Quantity> {
+        let memory_bytes = self.memory_bytes.saturating_sub(self.memory_reserved_bytes);
+        Self { memory_bytes, ..self.clone() }.quantities()
     }
 }
 
@@ -216,7 +225,7 @@ pub fn status(config: &NodeConfig, health: &Health, conditions: Vec<NodeConditio
     addresses.retain(|a| !a.address.is_empty());
     NodeStatus {
         capacity: Some(resources.clone()),
-        allocatable: Some(resources),
+        allocatable: Some(config.capacity.allocatable()),
         addresses: Some(addresses),
         conditions: Some(conditions),
         daemon_endpoints: port.map(|port| NodeDaemonEndpoints {

@@ -17,6 +17,7 @@ use super::expansion::Expand;
 use super::images::Images;
 use super::isolation::Isolation;
 use super::ports::Ports;
+use super::pressure::Kills;
 use super::record::Records;
 use super::roster::Roster;
 use super::services::Services;
@@ -104,6 +105,8 @@ pub struct Context {
     pub images: Images,
     /// Where containers run, and which GPUs there are.
     pub shares: Shares,
+    /// Whom the kernel has killed for want of memory.
+    pub kills: Arc<Kills>,
     /// What the Node offers, for resourceFieldRef.
     pub allocatable: BTreeMap<String, Quantity>,
     /// When the pods will be ended, where that is known.

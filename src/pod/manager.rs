@@ -63,6 +63,7 @@ pub enum Gate {
 enum Request {
     Gate(Gate),
     Shutdown { grace: Duration },
+    Evict { uid: String, message: String },
     Outcomes { late: bool, answer: oneshot::Sender<Summary> },
 }
 
@@ -114,6 +115,11 @@ impl Manager {
     /// Ends all pods: SIGTERM now, SIGKILL after `grace` or the pod's own grace. May be called again with less.
     pub async fn shutdown(&self, grace: Duration) {
         let _ = self.requests.send(Request::Shutdown { grace }).await;
+    }
+
+    /// Ends a pod because the job's memory runs short.
+    pub async fn evict(&self, uid: &str, message: String) {
+        let _ = self.requests.send(Request::Evict { uid: uid.to_owned(), message }).await;
     }
 
     /// How many pods are where, and when that changes.
@@ -319,6 +325,7 @@ impl State {
                     self.tell(&uid, Command::Shutdown(grace)).await;
                 }
             }
+            Request::Evict { uid, message } => self.tell(&uid, Command::Evict(message)).await,
             Request::Outcomes { late, answer } => {
                 let mut outcomes: Vec<Outcome> = self.outcomes.iter().cloned().collect();
                 let forgotten = self.forgotten;

@@ -20,6 +20,7 @@ pub mod network;
 pub mod objects;
 pub mod outcome;
 pub mod ports;
+pub mod pressure;
 pub mod probe;
 pub mod publisher;
 pub mod quantity;

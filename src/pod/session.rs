@@ -45,6 +45,11 @@ pub enum Request {
         /// Rows.
         rows: u16,
     },
+    /// It has more memory than its limit: all of it is to be killed, and this is why.
+    OutOfMemory {
+        /// For people.
+        message: String,
+    },
     /// Join the container's input and output.
     Attach {
         /// Whether there is input.
@@ -99,6 +104,12 @@ impl RunHandle {
         let _ = self.requests.send(Request::Resize { columns, rows }).await;
     }
 
+    /// Kills all of the container, which then has ended as OOMKilled.
+    pub fn out_of_memory(&self, message: String) {
+        // A run whose channel is full is told by the next look, a second later.
+        let _ = self.requests.try_send(Request::OutOfMemory { message });
+    }
+
     /// Joins the container's input and output; the descriptors close when it ends.
     ///
     /// # Errors
@@ -147,6 +158,8 @@ impl Joined {
             Request::Signal { id, signal } => supervisor.signal_exec(id, signal).await,
             Request::Resize { columns, rows } => supervisor.resize(columns, rows).await,
             Request::Attach { input, descriptors } => supervisor.attach(input, descriptors).await,
+            // The run itself notes why it is killed.
+            Request::OutOfMemory { .. } => supervisor.kill().await,
         }
     }
 

@@ -99,6 +99,7 @@ fn much(report: &mut Report, watcher: &Watcher, samples: usize) {
     let pilot = Pilot::local(Options::new("much"), WALLTIME);
     pods::large(report, watcher, &namespace, &pilot, samples.div_ceil(10));
     pods::probed(report, watcher, &namespace, &pilot);
+    pods::limited(report, watcher, &namespace, &pilot);
 }
 
 /// With a pilot of its own: what the pods before did to its memory and files is no part of it.

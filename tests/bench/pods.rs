@@ -20,10 +20,10 @@ const CONTAINERS: usize = 20;
 /// Bytes of a ConfigMap that is as large as Kubernetes lets one be (its own limit is 1 MiB of data), less the script.
 const LARGE: usize = 1_000_000;
 
-/// Pods that probe.
-const PROBED: usize = 100;
+/// Pods that probe, or have limits.
+const PODS: usize = 100;
 
-/// How long their probes are watched.
+/// How long the pilot is watched meanwhile.
 const WATCHED: Duration = Duration::from_secs(20);
 
 /// A pod of 20 containers that all mount a ConfigMap of 1 MiB: from its binding to the last container's first line.
@@ -68,25 +68,49 @@ pub fn probed(report: &mut Report, watcher: &Watcher, namespace: &Namespace, pil
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok");
         }
     });
-    namespace.config_map("probed", &[("run.sh", "exec sleep 600\n")]);
-    for index in 0..PROBED {
-        let container = json!({"name": "c1", "image": "probed", "command": ["bash"],
-            "volumeMounts": [{"name": "probed", "mountPath": "job"}],
-            "livenessProbe": {"httpGet": {"port": port, "path": "/"}, "periodSeconds": 1}});
-        create(namespace, pilot, &format!("probed-{index}"), pod_spec("Never", &[container]));
+    let probe = json!({"livenessProbe": {"httpGet": {"port": port, "path": "/"}, "periodSeconds": 1}});
+    let name = "100 pods that probe every second: CPU of guardian and pilot";
+    watched(report, watcher, namespace, pilot, (&probe, name, 5.0));
+}
+
+/// 100 pods with a memory limit, weighed every second: processor time of guardian and pilot.
+pub fn limited(report: &mut Report, watcher: &Watcher, namespace: &Namespace, pilot: &Pilot) {
+    let limit = json!({"resources": {"limits": {"memory": "64Mi"}}});
+    let name = "100 pods with a memory limit: CPU of guardian and pilot";
+    watched(report, watcher, namespace, pilot, (&limit, name, 1.0));
+}
+
+/// Many pods that do nothing, with containers that have this besides.
+fn watched(
+    report: &mut Report,
+    watcher: &Watcher,
+    namespace: &Namespace,
+    pilot: &Pilot,
+    (besides, name, most): (&Value, &str, f64),
+) {
+    namespace.config_map("quiet", &[("run.sh", "exec sleep 600\n")]);
+    // Each pod a name of its own: the watcher remembers them.
+    let pod = |index: usize| format!("quiet-{}-{index}", name.len());
+    for index in 0..PODS {
+        let mut container = json!({"name": "c1", "image": "quiet", "command": ["bash"],
+            "volumeMounts": [{"name": "quiet", "mountPath": "job"}]});
+        for (key, value) in besides.as_object().into_iter().flatten() {
+            container[key] = value.clone();
+        }
+        create(namespace, pilot, &pod(index), pod_spec("Never", &[container]));
     }
-    for index in 0..PROBED {
-        watcher.wait("running", &namespace.name, &format!("probed-{index}"), |seen| seen.running);
+    for index in 0..PODS {
+        watcher.wait("running", &namespace.name, &pod(index), |seen| seen.running);
     }
     weight::settle();
     let share = weight::processor_share(pilot, WATCHED);
-    let name = "100 pods that probe every second: CPU of guardian and pilot";
-    report.push(Figure::number(name, "% of a core", share).at_most(5.0));
+    report.push(Figure::number(name, "% of a core", share).at_most(most));
     let pods = namespace.of("pods");
-    for index in 0..PROBED {
-        pods.delete(&format!("probed-{index}"), Some(1));
+    for index in 0..PODS {
+        pods.delete(&pod(index), Some(1));
     }
-    wait_until("the probed pods are gone", seconds(60), || pods.list("").is_empty());
+    wait_until("these pods are gone", seconds(60), || pods.list("").is_empty());
+    namespace.of("configmaps").delete("quiet", None);
 }
 
 fn create(namespace: &Namespace, pilot: &Pilot, name: &str, mut spec: Value) -> SystemTime {

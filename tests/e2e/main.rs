@@ -30,6 +30,7 @@ mod images;
 mod isolation;
 mod load;
 mod logs;
+mod memory;
 mod metrics;
 mod objects_gone;
 mod pbs;

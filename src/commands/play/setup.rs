@@ -14,8 +14,8 @@ use crate::allocation::{
 };
 use crate::cli::PodArgs;
 use crate::commands::run::setup::{
-    SetupError, capacity, default_state_dir, grant, instance, isolation, place, places, policy, private,
-    spawn_housekeeping, this_process,
+    Memory, SetupError, capacity, default_state_dir, grant, instance, isolation, place, places, policy,
+    private, spawn_housekeeping, this_process,
 };
 use crate::container::Supervisors;
 use crate::drain::Leads;
@@ -26,6 +26,7 @@ use crate::pod::context::{Context, Identity, OutputLine, Policy};
 use crate::pod::environment;
 use crate::pod::events::Events;
 use crate::pod::manager::{self, Manager};
+use crate::pod::pressure::Kills;
 use crate::pod::record::Records;
 use crate::pod::services::Services;
 use crate::pod::source::PodEvent;
@@ -113,7 +114,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
     };
 
     let facts = NodeFacts {
-        allocatable: capacity(&found, &places.pods).quantities(),
+        allocatable: capacity(&found, &places.pods).allocatable(),
         isolation: isolation.clone(),
         ..NodeFacts::default()
     };
@@ -122,6 +123,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
     let (events, pods) = mpsc::channel(WAITING);
     let (draining, draining_rx) = watch::channel(false);
     let (facts_tx, facts_rx) = watch::channel(facts.clone());
+    let memory = Memory::of(&found);
     let (ledger, placement, shares) = manager::shares(grant(&found));
     let context = Arc::new(Context {
         api: Api::Files(Files::new(manifests.config_maps.clone(), manifests.secrets.clone(), statuses_tx)),
@@ -147,6 +149,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         images: args.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
         shares,
+        kills: Arc::new(Kills::new(memory.gauge())),
         drain,
         draining: draining_rx,
         // Nobody starts `play` again, so its containers end with it.
@@ -165,6 +168,7 @@ pub async fn start(args: &PodArgs, manifests: &Manifests) -> Result<Stage, Setup
         ledger,
         placement,
     });
+    memory.watch(&context, &manager, watch::channel(false).0);
     Ok(Stage {
         manager,
         context,

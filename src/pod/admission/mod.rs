@@ -18,6 +18,7 @@ pub use load::Load;
 
 use super::containers;
 use super::isolation::{Choice, Isolation};
+use super::pressure::eviction;
 use super::quantity::{self, Amount};
 use super::security;
 use super::share::is_gpu;
@@ -40,6 +41,8 @@ pub struct NodeFacts {
     pub shutting_down: bool,
     /// Which pods have namespaces of their own.
     pub isolation: Isolation,
+    /// Whether its memory runs short.
+    pub memory_pressure: bool,
 }
 
 /// Why a pod is rejected. The status puts `Pod was rejected: ` before the message.
@@ -70,6 +73,9 @@ pub fn admit(pod: &Pod, node: &NodeFacts, running: &Load) -> Result<(), Rejectio
     };
     if node.shutting_down {
         return rejected(NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED);
+    }
+    if node.memory_pressure && !eviction::takes(pod) {
+        return rejected("Evicted", "The node had condition: [MemoryPressure]. ");
     }
     namespace(pod, node)?;
     supported(spec, node.isolation.choose(pod.metadata.annotations.as_ref()) == Choice::Isolated)?;

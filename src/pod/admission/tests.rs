@@ -32,6 +32,7 @@ fn node() -> NodeFacts {
             .collect(),
         namespaces: None,
         shutting_down: false,
+        memory_pressure: false,
         isolation: Isolation::default(),
     }
 }

@@ -13,6 +13,7 @@ use crate::pod::context::{Identity, Places, Policy};
 use crate::pod::directory::ProcessIdentity;
 use crate::pod::events::Events;
 use crate::pod::expansion::Expand;
+use crate::pod::pressure::{Gauge, Kills, Room};
 use crate::pod::record::Records;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -26,6 +27,17 @@ struct Case {
     _facts: watch::Sender<NodeFacts>,
     _drain: watch::Sender<Option<SystemTime>>,
     _directory: tempfile::TempDir,
+}
+
+struct Nothing;
+
+impl Gauge for Nothing {
+    fn room(&self) -> Option<Room> {
+        None
+    }
+    fn oom_kills(&self) -> u64 {
+        0
+    }
 }
 
 fn case() -> Case {
@@ -63,6 +75,7 @@ fn case() -> Case {
         images: Default::default(),
         allocatable: BTreeMap::new(),
         shares,
+        kills: Arc::new(Kills::new(Arc::new(Nothing))),
         drain,
         draining: draining_rx,
         roster: Arc::default(),

@@ -29,6 +29,8 @@ pub const NODE_SHUTDOWN_REJECTED: &str = "Pod was rejected as the node is shutti
 pub const TERMINATED: &str = "Terminated";
 /// What kubelet says of a pod that was ended because the node is shutting down.
 pub const TERMINATED_MESSAGE: &str = "Pod was terminated in response to imminent node shutdown.";
+/// Reason of a container that was killed because it took more memory than it may.
+pub const OOM_KILLED: &str = "OOMKilled";
 /// Reason of the DisruptionTarget condition that a node itself writes.
 pub const TERMINATION_BY_KUBELET: &str = "TerminationByKubelet";
 

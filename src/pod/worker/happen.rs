@@ -17,7 +17,7 @@ use crate::pod::backoff::{self, BackOff, Next};
 use crate::pod::containers::{self, Kind};
 use crate::pod::events;
 use crate::pod::probe::{self, Found, Probes, Report, Subject};
-use crate::pod::status::{self, State, container_id};
+use crate::pod::status::{self, OOM_KILLED, State, TERMINATION_BY_KUBELET, container_id};
 use crate::pod::volumes::keeper;
 
 /// Reason of a pod that is over a limit of its own (kubelet's eviction/helpers.go).
@@ -31,6 +31,7 @@ impl Worker {
         match command {
             Command::Update(pod) => self.update(*pod),
             Command::Gone => self.stop_for(Why::Gone, FORCED_GRACE),
+            Command::Evict(message) => self.evict(message),
             Command::Shutdown(grace) => {
                 self.stop_for(Why::Shutdown, grace.min(own_grace(&self.record.pod)));
             }
@@ -117,14 +118,16 @@ impl Worker {
         let Some(record) = self.record.containers.get_mut(&name) else { return };
         let (state, reason, message) = match happened {
             Happened::Started(_) => return,
-            Happened::Ended(end, last_word) => {
+            Happened::Ended(end, last_word, out_of_memory) => {
                 record.log_lines_lost = end.log_lines_lost;
                 let why =
                     end.log_error.clone().unwrap_or_else(|| "the file system did not answer".to_owned());
                 let lost =
                     format!("{} lines of the log of container {name} were lost: {why}", end.log_lines_lost);
                 let lost = Some(lost).filter(|_| end.log_lines_lost > 0);
-                (State::Terminated(ended(&end, &last_word, id)), "LogLinesLost", lost)
+                let mut terminated = ended(&end, &last_word, id);
+                terminated.reason = out_of_memory.then(|| OOM_KILLED.to_owned());
+                (State::Terminated(terminated), "LogLinesLost", lost)
             }
             Happened::StartFailed(error) => {
                 let mut state = unknown_end("StartError", &error.to_string(), record, id);
@@ -259,6 +262,21 @@ impl Worker {
                 let why = Why::Failed { reason: EVICTED.to_owned(), message, disruption: None };
                 self.stop_for(why, EVICTION_GRACE);
             }
+        }
+    }
+
+    /// The job's memory runs short, and this pod gives way: at once, before the kernel kills whomever it likes.
+    fn evict(&mut self, message: String) {
+        if self.stop.is_some() || self.ended {
+            return;
+        }
+        let (warning, meta) = (events::Kind::Warning, &self.record.pod.metadata);
+        tracing::warn!(namespace = meta.namespace, pod = meta.name, "pod evicted: {message}");
+        self.context.events.record(&self.record.pod, None, warning, EVICTED, &message);
+        let disruption = Some(TERMINATION_BY_KUBELET.to_owned());
+        self.stop_for(Why::Failed { reason: EVICTED.to_owned(), message, disruption }, EVICTION_GRACE);
+        for orders in self.containers.iter().filter_map(|container| container.run.as_ref()) {
+            let _ = orders.try_send(Order::Kill);
         }
     }
 

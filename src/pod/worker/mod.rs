@@ -81,6 +81,8 @@ pub enum Command {
     Update(Box<Pod>),
     /// The pod's object is gone.
     Gone,
+    /// The job's memory runs short, and this pod gives way: what it is told.
+    Evict(String),
     /// The allocation ends: containers are given this long, then killed.
     Shutdown(Duration),
 }

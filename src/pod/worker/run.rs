@@ -20,6 +20,9 @@ use crate::pod::session::{Joined, Request, RunHandle};
 /// preStop hook has taken of it (kuberuntime_manager.go, minimumGracePeriodInSeconds). A drain has no time to give away.
 const LEAST_GRACE: Duration = Duration::from_secs(2);
 
+/// SIGKILL's number (signal(7)).
+const KILLED: i32 = 9;
+
 /// What a run is told.
 #[derive(Debug)]
 pub enum Order {
@@ -32,6 +35,8 @@ pub enum Order {
     },
     /// What it waited for has ended.
     Turn,
+    /// SIGKILL, at once: its memory is needed.
+    Kill,
     /// The run's end is recorded: the supervisor may go.
     Acknowledge,
 }
@@ -44,8 +49,8 @@ pub type Told = (usize, u32, Happened);
 pub enum Happened {
     /// It runs, and its postStart hook has succeeded.
     Started(SystemTime),
-    /// It is over, with its termination message.
-    Ended(End, String),
+    /// It is over, with its termination message, and whether it was killed for its memory.
+    Ended(End, String, bool),
     /// Its program never began.
     StartFailed(StartError),
     /// Its supervisor is gone.
@@ -97,6 +102,7 @@ pub fn follow(
         started: None,
         ending: None,
         sent: false,
+        over_limit: None,
     };
     tokio::spawn(run.live(spec));
     (orders_tx, handle)
@@ -132,6 +138,8 @@ struct Run {
     ending: Option<Ending>,
     /// Whether it was.
     sent: bool,
+    /// Why it is killed, where it has more memory than it may.
+    over_limit: Option<String>,
 }
 
 impl Run {
@@ -156,6 +164,10 @@ impl Run {
                     match order {
                         Some(Order::Terminate { grace, waits }) => self.terminate(grace, waits).await,
                         Some(Order::Turn) => self.turn().await,
+                        Some(Order::Kill) => {
+                            (self.ending, self.sent) = (None, true);
+                            self.supervisor.kill().await;
+                        }
                         Some(Order::Acknowledge) => {}
                         // Without a worker nobody waits for this container: it ends as if its pod were deleted.
                         None => return,
@@ -164,6 +176,9 @@ impl Run {
                 }
                 event = self.supervisor.next() => event,
                 Some(request) = self.requests.recv() => {
+                    if let Request::OutOfMemory { message } = &request {
+                        self.over_limit = Some(message.clone());
+                    }
                     self.joined.ask(&mut self.supervisor, request).await;
                     continue;
                 }
@@ -260,11 +275,17 @@ impl Run {
         (self.ending, self.post_start) = (None, None);
         let happened = match event {
             Event::Ended(end) => {
-                let message = match self.of.last_word.take() {
+                let mut message = match self.of.last_word.take() {
                     Some(word) => word.read(end.exit_code).await,
                     None => String::new(),
                 };
-                Happened::Ended(end, message)
+                let by_us = self.over_limit.take().filter(|_| end.signal == Some(KILLED));
+                let out_of_memory = by_us.is_some()
+                    || !self.sent && end.exit_code == 128 + KILLED && self.context.kills.explain();
+                if let Some(why) = by_us.filter(|_| message.is_empty()) {
+                    message = why;
+                }
+                Happened::Ended(end, message, out_of_memory)
             }
             Event::StartFailed(error) => Happened::StartFailed(error),
             Event::Lost { message } => Happened::Lost(message),

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::deadline::rfc3339;
-use super::node::{facts, follow_labels, grant};
+use super::memory::{self, Memory};
+use super::node::{facts, follow, grant};
 use super::reach::{self, Entered, Way};
 use super::state::guardian_process;
 use super::{Begun, Pilot, SetupError, tunnel};
@@ -25,6 +26,7 @@ use crate::pod::events::Events;
 use crate::pod::isolation::Isolation;
 use crate::pod::manager::{self, Manager};
 use crate::pod::objects::watches;
+use crate::pod::pressure::Kills;
 use crate::pod::services::Services;
 use crate::pod::{environment, source};
 
@@ -44,23 +46,27 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     node.spawn_upkeep();
     let node = Arc::new(node);
     let (ledger, placement, shares) = manager::shares(grant(&begun.allocation));
-    let context = context(args, &begun, &way, &facts, shares);
+    let memory = Memory::of(&begun.allocation);
+    let (pressure_tx, pressure) = watch::channel(false);
+    let context = context(args, &begun, &way, &facts, (shares, &memory));
     if let Some(tunnels) = &begun.holds.tunnels {
         tunnel::follow_node(&node, tunnels, args.advertise_address.is_some());
         if let Some(ports) = &context.ports {
             tunnel::follow_pods(context.api.clone(), ports, tunnels);
         }
     }
+    memory::tell_node(&node, pressure.clone());
     api.serve(&context, &begun.allocation, &begun.site);
     spawn_housekeeping(&context);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(way.client, &begun.name),
-        facts: follow_labels(facts, node.labels()),
+        facts: follow(facts, node.labels(), pressure.clone()),
         recovered: std::mem::take(&mut begun.recovered),
         ledger,
         placement,
     });
+    memory.watch(&context, &manager, pressure_tx);
     let known = *begun.timing.borrow();
     tracing::info!(
         node = begun.name,
@@ -85,10 +91,11 @@ pub async fn leave(args: &RunArgs, mut begun: Begun) -> Result<Pilot, SetupError
     let ip = reach::address(args, &begun).await.unwrap_or_else(|_| "127.0.0.1".to_owned());
     let facts = facts(&reach::config(args, &begun, &ip), args, &begun.isolation);
     let (ledger, placement, shares) = manager::shares(grant(&begun.allocation));
-    let context = context(args, &begun, &Way { client, ip, metrics }, &facts, shares);
+    let memory = Memory::of(&begun.allocation);
+    let context = context(args, &begun, &Way { client, ip, metrics }, &facts, (shares, &memory));
     spawn_housekeeping(&context);
     let (_, pods) = mpsc::channel(1);
-    let (_, facts) = tokio::sync::watch::channel(facts);
+    let (_, facts) = watch::channel(facts);
     let recovered = std::mem::take(&mut begun.recovered);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
@@ -98,11 +105,18 @@ pub async fn leave(args: &RunArgs, mut begun: Begun) -> Result<Pilot, SetupError
         ledger,
         placement,
     });
+    memory.watch(&context, &manager, watch::channel(false).0);
     Ok(pilot(begun, None, manager, context))
 }
 
 /// What all pods share.
-fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts, shares: Shares) -> Arc<Context> {
+fn context(
+    args: &RunArgs,
+    begun: &Begun,
+    way: &Way,
+    facts: &NodeFacts,
+    (shares, memory): (Shares, &Memory),
+) -> Arc<Context> {
     let name = &begun.name;
     let variables = begun.env.iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
     let draining = begun.draining.subscribe();
@@ -131,6 +145,7 @@ fn context(args: &RunArgs, begun: &Begun, way: &Way, facts: &NodeFacts, shares: 
         images: args.pods.images.clone().unwrap_or_default(),
         allocatable: facts.allocatable.clone(),
         shares,
+        kills: Arc::new(Kills::new(memory.gauge())),
         drain: begun.drain.clone(),
         draining,
         roster: Arc::default(),

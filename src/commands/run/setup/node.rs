@@ -16,6 +16,7 @@ use crate::node::{self, NodeConfig};
 use crate::pod::admission::NodeFacts;
 use crate::pod::context::Places;
 use crate::pod::isolation::Isolation;
+use crate::pod::pressure;
 use crate::pod::share::{self, Grant, Processor};
 
 /// The label jiriaf.site: as set, else the batch cluster's name.
@@ -116,6 +117,8 @@ pub(in crate::commands) fn capacity(allocation: &Allocation, pods: &Path) -> nod
     node::Capacity {
         cpus: allocation.cpus.value.len(),
         memory_bytes: allocation.memory.value,
+        memory_reserved_bytes: pressure::own_need(allocation.memory.value)
+            + pressure::kept_free(allocation.memory.value),
         pods: PODS,
         ephemeral_storage_bytes: free_bytes(pods),
         gpus,
@@ -168,24 +171,30 @@ pub(super) fn facts(config: &NodeConfig, args: &RunArgs, isolation: &Isolation) 
         name: config.name.clone(),
         labels: config.labels.clone(),
         taints: config.taints.clone(),
-        allocatable: config.capacity.quantities(),
+        allocatable: config.capacity.allocatable(),
         namespaces: (!args.namespaces.is_empty()).then(|| args.namespaces.iter().cloned().collect()),
         shutting_down: false,
+        memory_pressure: false,
         isolation: isolation.clone(),
     }
 }
 
-/// The Node as admission sees it, with its labels as they are published.
-pub(super) fn follow_labels(
+/// The Node as admission sees it, with its labels as they are published, and whether its memory runs short.
+pub(super) fn follow(
     mut facts: NodeFacts,
     mut labels: watch::Receiver<BTreeMap<String, String>>,
+    mut pressure: watch::Receiver<bool>,
 ) -> watch::Receiver<NodeFacts> {
     facts.labels.clone_from(&labels.borrow_and_update());
     let (facts_tx, facts) = watch::channel(facts);
     tokio::spawn(async move {
-        while labels.changed().await.is_ok() {
-            let now = labels.borrow_and_update().clone();
-            facts_tx.send_modify(|facts| facts.labels = now);
+        loop {
+            tokio::select! {
+                changed = labels.changed() => if changed.is_err() { return },
+                Ok(()) = pressure.changed() => {}
+            }
+            let (now, short) = (labels.borrow_and_update().clone(), *pressure.borrow_and_update());
+            facts_tx.send_modify(|facts| (facts.labels, facts.memory_pressure) = (now, short));
         }
     });
     facts

@@ -1,0 +1,170 @@
+//! How much memory the job may still take on this host before the kernel kills something of it.
+//!
+//! Each limited cgroup from the pilot's own level up has a working set: what is charged to it less the files' pages that the
+//! kernel would give up first. The one with the least room counts. Where no cgroup limits the job, it is the host's memory.
+
+use std::path::PathBuf;
+
+use super::cgroup;
+use super::resources::{self, Roots, read_small};
+use super::usage::value;
+
+/// Memory at one moment, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// What there is in all.
+    pub limit: u64,
+    /// What is left of it.
+    pub available: u64,
+}
+
+/// Looks at the job's memory.
+#[derive(Debug, Clone)]
+pub struct MemoryGauge {
+    levels: Vec<Level>,
+    /// Where the kernel counts whom it has killed in the pilot's own cgroup, in which its pods are too.
+    killed: Option<PathBuf>,
+    proc: PathBuf,
+}
+
+#[derive(Debug, Clone)]
+struct Level {
+    v2: bool,
+    directory: PathBuf,
+    limit: u64,
+}
+
+impl MemoryGauge {
+    /// Finds out once where to look.
+    #[must_use]
+    pub fn new(roots: &Roots) -> Self {
+        let levels = cgroup::memory_levels(roots);
+        let host = resources::mem_total(roots);
+        let own = levels.last().map(|(v2, directory, _)| {
+            directory.join(if *v2 { "memory.events" } else { "memory.oom_control" })
+        });
+        // More than the host has is no limit.
+        let limited = levels.into_iter().filter_map(|(v2, directory, limit)| {
+            let limit = limit.filter(|limit| host.is_none_or(|host| *limit <= host))?;
+            Some(Level { v2, directory, limit })
+        });
+        let levels: Vec<Level> = limited.collect();
+        // Who has no limit is in a cgroup with others, whose ends are no business of this job's.
+        let killed = own.filter(|_| !levels.is_empty());
+        Self { levels, killed, proc: roots.proc.clone() }
+    }
+
+    /// Whether a cgroup limits the job's memory, so that the kernel kills something of it when it takes more.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        !self.levels.is_empty()
+    }
+
+    /// What is left now; none where nothing can be read.
+    #[must_use]
+    pub fn room(&self) -> Option<Room> {
+        let level = self.levels.iter().filter_map(Level::room).min_by_key(|room| room.available);
+        level.or_else(|| {
+            let meminfo = read_small(&self.proc.join("meminfo"))?;
+            let bytes = |name| value(&meminfo, name).map(|kib| kib << 10);
+            Some(Room { limit: bytes("MemTotal")?, available: bytes("MemAvailable")? })
+        })
+    }
+
+    /// How many processes of the job the kernel has killed for want of memory.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let text = self.killed.as_ref().and_then(|file| read_small(file));
+        text.and_then(|text| value(&text, "oom_kill")).unwrap_or(0)
+    }
+}
+
+impl Level {
+    fn room(&self) -> Option<Room> {
+        let (usage, inactive) = match self.v2 {
+            true => ("memory.current", "inactive_file"),
+            false => ("memory.usage_in_bytes", "total_inactive_file"),
+        };
+        let usage: u64 = read_small(&self.directory.join(usage))?.trim().parse().ok()?;
+        let stat = read_small(&self.directory.join("memory.stat"))?;
+        let working_set = usage.saturating_sub(value(&stat, inactive)?);
+        Some(Room { limit: self.limit, available: self.limit.saturating_sub(working_set) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
+        let directory = tempfile::tempdir().unwrap();
+        let within = |name: &str| directory.path().join(name);
+        let roots =
+            Roots { proc: within("proc"), cgroup: within("cg"), dev: within("dev"), sys: within("sys") };
+        fs::create_dir_all(roots.proc.join("self")).unwrap();
+        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
+        fs::write(roots.proc.join("meminfo"), "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\n")
+            .unwrap();
+        (directory, roots)
+    }
+
+    fn write(roots: &Roots, file: &str, text: &str) {
+        let file = roots.cgroup.join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+
+    #[test]
+    fn the_level_with_the_least_room_counts_and_old_files_are_no_use_v1() {
+        let (_guard, roots) = host("4:memory:/slurm/uid_7/job_1/step_batch/task_0\n");
+        let job = "memory/slurm/uid_7/job_1";
+        let level = |path: &str, limit: &str, usage: &str, inactive: &str| {
+            write(&roots, &format!("{path}/memory.limit_in_bytes"), limit);
+            write(&roots, &format!("{path}/memory.usage_in_bytes"), usage);
+            write(
+                &roots,
+                &format!("{path}/memory.stat"),
+                &format!("cache 9\ntotal_inactive_file {inactive}\n"),
+            );
+            write(
+                &roots,
+                &format!("{path}/memory.oom_control"),
+                "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+            );
+        };
+        level(job, "800000", "700000", "100000");
+        level(&format!("{job}/step_batch"), "500000", "490000", "300000");
+        level(&format!("{job}/step_batch/task_0"), "9223372036854771712", "480000", "0");
+        let gauge = MemoryGauge::new(&roots);
+        assert!(gauge.is_limited());
+        assert_eq!(gauge.room(), Some(Room { limit: 800_000, available: 200_000 }));
+        assert_eq!(gauge.oom_kills(), 1);
+    }
+
+    #[test]
+    fn the_same_of_v2() {
+        let (_guard, roots) = host("0::/system.slice/slurmstepd.scope/job_1/step_0\n");
+        let job = "system.slice/slurmstepd.scope/job_1";
+        write(&roots, &format!("{job}/memory.max"), "500000\n");
+        write(&roots, &format!("{job}/memory.current"), "450000\n");
+        write(&roots, &format!("{job}/memory.stat"), "anon 4\ninactive_file 50000\n");
+        write(&roots, &format!("{job}/memory.events"), "low 0\noom 3\noom_kill 2\n");
+        write(&roots, &format!("{job}/step_0/memory.max"), "max\n");
+        write(&roots, &format!("{job}/step_0/memory.events"), "low 0\noom 3\noom_kill 2\n");
+        let gauge = MemoryGauge::new(&roots);
+        assert_eq!(gauge.room(), Some(Room { limit: 500_000, available: 100_000 }));
+        assert_eq!(gauge.oom_kills(), 2);
+    }
+
+    #[test]
+    fn without_a_limit_it_is_the_hosts_memory() {
+        let (_guard, roots) = host("0::/user.slice\n");
+        let gauge = MemoryGauge::new(&roots);
+        assert!(!gauge.is_limited());
+        assert_eq!(gauge.room(), Some(Room { limit: 1000 << 10, available: 400 << 10 }));
+        fs::remove_file(roots.proc.join("meminfo")).unwrap();
+        assert_eq!((gauge.room(), gauge.oom_kills()), (None, 0));
+    }
+}

@@ -1,0 +1,73 @@
+//! What pods are told of the job's memory, and who looks at it.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::allocation::gauge::MemoryGauge;
+use crate::allocation::{Allocation, Roots};
+use crate::node::NodeHandle;
+use crate::pod::context::Context;
+use crate::pod::manager::Manager;
+use crate::pod::pressure::{self, Gauge, Room, Setup};
+
+struct JobGauge(MemoryGauge);
+
+impl Gauge for JobGauge {
+    fn room(&self) -> Option<Room> {
+        self.0.room().map(|room| Room { limit: room.limit, available: room.available })
+    }
+
+    fn oom_kills(&self) -> u64 {
+        self.0.oom_kills()
+    }
+}
+
+/// The job's memory on this host.
+pub struct Memory {
+    gauge: Arc<JobGauge>,
+    /// What was granted, where nothing but the pilot holds the pods to it.
+    grant: Option<u64>,
+}
+
+impl Memory {
+    /// Finds out where to look.
+    #[must_use]
+    pub fn of(allocation: &Allocation) -> Self {
+        let gauge = MemoryGauge::new(&Roots::default());
+        let host = gauge.room().filter(|_| !gauge.is_limited()).map(|room| room.limit);
+        // PBS without its cgroups hook and Slurm without ConstrainRAMSpace say a figure and leave it at that.
+        let grant = Some(allocation.memory.value)
+            .filter(|grant| *grant > 0 && host.is_some_and(|host| *grant < host));
+        Self { gauge: Arc::new(JobGauge(gauge)), grant }
+    }
+
+    /// What tells of it.
+    #[must_use]
+    pub fn gauge(&self) -> Arc<dyn Gauge> {
+        Arc::clone(&self.gauge) as Arc<dyn Gauge>
+    }
+
+    /// Has it looked at while containers run. `pressure` is told when it runs short.
+    pub fn watch(self, context: &Arc<Context>, manager: &Manager, pressure: watch::Sender<bool>) {
+        let setup = Setup {
+            context: Arc::clone(context),
+            gauge: self.gauge(),
+            grant: self.grant,
+            manager: manager.clone(),
+            pressure,
+        };
+        pressure::spawn(setup);
+    }
+}
+
+/// The Node says MemoryPressure while it is so.
+pub fn tell_node(node: &Arc<NodeHandle>, mut pressure: watch::Receiver<bool>) {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        while pressure.changed().await.is_ok() {
+            let short = *pressure.borrow_and_update();
+            node.change_health(|health| health.memory_pressure = short);
+        }
+    });
+}
