@@ -90,11 +90,7 @@ pub(super) fn read_small(path: &Path) -> Option<String> {
 
 /// The CPUs of the affinity mask, cut down to the grant where the batch system does not confine its jobs to theirs.
 pub(super) fn cpus(roots: &Roots, grant: Option<Fact<usize>>) -> Fact<Vec<usize>> {
-    let allowed = read_small(&roots.proc.join("self/status")).and_then(|status| {
-        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
-        parse_cpu_list(list)
-    });
-    match allowed {
+    match allowed_cpus(roots) {
         Some(allowed) => cut_to_grant(roots, allowed, grant),
         None => {
             // Without /proc nothing is known of numbers: the first of them, as many as were granted, or one.
@@ -106,6 +102,12 @@ pub(super) fn cpus(roots: &Roots, grant: Option<Fact<usize>>) -> Fact<Vec<usize>
             Fact::new((0..count).collect(), source)
         }
     }
+}
+
+/// The CPUs of this process's affinity mask; none where /proc does not tell.
+pub(super) fn allowed_cpus(roots: &Roots) -> Option<Vec<usize>> {
+    let status = read_small(&roots.proc.join("self/status"))?;
+    parse_cpu_list(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?)
 }
 
 fn cut_to_grant(roots: &Roots, allowed: Vec<usize>, grant: Option<Fact<usize>>) -> Fact<Vec<usize>> {

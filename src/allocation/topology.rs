@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::resources::{Roots, parse_cpu_list, read_small};
+use super::resources::{Roots, allowed_cpus, parse_cpu_list, read_small};
 
 /// A CPU (a hardware thread), and what it belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -57,6 +57,14 @@ pub(super) fn first(mut cpus: Vec<Cpu>, count: usize) -> Vec<usize> {
     first
 }
 
+/// Those of `granted` that this process may use now. All, where nobody can say.
+#[must_use]
+pub fn still_there(roots: &Roots, granted: &[Cpu]) -> Vec<Cpu> {
+    let allowed = allowed_cpus(roots);
+    let is_there = |cpu: &&Cpu| allowed.as_ref().is_none_or(|allowed| allowed.contains(&cpu.number));
+    granted.iter().filter(is_there).copied().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -91,6 +99,17 @@ mod tests {
         assert_eq!(of(&roots, &[0, 1, 4, 5]), [cpu(0, 0, 0), cpu(1, 1, 1), cpu(4, 0, 0), cpu(5, 1, 1)]);
         assert_eq!(first(of(&roots, &[0, 1, 4, 5]), 2), [0, 4]);
         assert_eq!(first(of(&roots, &[0, 1, 4, 5]), 9), [0, 1, 4, 5]);
+    }
+
+    #[test]
+    fn what_is_gone_is_known_and_what_was_not_granted_is_not_taken() {
+        let (_guard, mut roots) = host(&[]);
+        let granted = of(&roots, &[0, 1, 2]);
+        roots.proc = roots.sys.join("proc");
+        assert_eq!(still_there(&roots, &granted), granted);
+        fs::create_dir_all(roots.proc.join("self")).unwrap();
+        fs::write(roots.proc.join("self/status"), "Name:\tx\nCpus_allowed_list:\t1-3\n").unwrap();
+        assert_eq!(still_there(&roots, &granted), granted[1..]);
     }
 
     #[test]

@@ -210,7 +210,8 @@ fn rfc3339(time: SystemTime) -> Option<String> {
 /// The whole status.
 #[must_use]
 pub fn status(config: &NodeConfig, health: &Health, conditions: Vec<NodeCondition>) -> NodeStatus {
-    let resources = config.capacity.quantities();
+    let cpus = health.cpus.unwrap_or(config.capacity.cpus);
+    let capacity = Capacity { cpus, ..config.capacity.clone() };
     let (ip, hostname, port) = match &health.endpoint {
         // By default the API server dials the address of type Hostname first (`--kubelet-preferred-address-types`).
         Some(endpoint) => {
@@ -224,8 +225,8 @@ pub fn status(config: &NodeConfig, health: &Health, conditions: Vec<NodeConditio
     let mut addresses = vec![address("InternalIP", ip), address("Hostname", hostname)];
     addresses.retain(|a| !a.address.is_empty());
     NodeStatus {
-        capacity: Some(resources.clone()),
-        allocatable: Some(config.capacity.allocatable()),
+        capacity: Some(capacity.quantities()),
+        allocatable: Some(capacity.allocatable()),
         addresses: Some(addresses),
         conditions: Some(conditions),
         daemon_endpoints: port.map(|port| NodeDaemonEndpoints {

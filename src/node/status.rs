@@ -21,6 +21,8 @@ pub struct Health {
     pub further: Vec<Further>,
     /// Where the Node's own API is reached, where that is another place than the Node was made with and may change.
     pub endpoint: Option<Endpoint>,
+    /// How many CPUs there are, where these are others than the Node was made with.
+    pub cpus: Option<usize>,
 }
 
 /// A condition that a kubelet does not have.

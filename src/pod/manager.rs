@@ -28,7 +28,7 @@ use super::context::{Context, Shares, on_disk};
 use super::events::{ENDED, Kind};
 use super::outcome::{Outcome, REMEMBERED};
 use super::record::Record;
-use super::share::{Grant, Ledger, Placement};
+use super::share::{Grant, Ledger, Placement, Processor};
 use super::source::PodEvent;
 use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput};
 use super::worker::{self, Command, Note, Start};
@@ -64,6 +64,7 @@ enum Request {
     Gate(Gate),
     Shutdown { grace: Duration },
     Evict { uid: String, message: String },
+    Regrant(Vec<Processor>),
     Outcomes { late: bool, answer: oneshot::Sender<Summary> },
 }
 
@@ -120,6 +121,11 @@ impl Manager {
     /// Ends a pod because the job's memory runs short.
     pub async fn evict(&self, uid: &str, message: String) {
         let _ = self.requests.send(Request::Evict { uid: uid.to_owned(), message }).await;
+    }
+
+    /// The job's CPUs are these now.
+    pub async fn regrant(&self, processors: Vec<Processor>) {
+        let _ = self.requests.send(Request::Regrant(processors)).await;
     }
 
     /// How many pods are where, and when that changes.
@@ -326,6 +332,10 @@ impl State {
                 }
             }
             Request::Evict { uid, message } => self.tell(&uid, Command::Evict(message)).await,
+            Request::Regrant(processors) => {
+                self.ledger.regrant(processors);
+                self.place();
+            }
             Request::Outcomes { late, answer } => {
                 let mut outcomes: Vec<Outcome> = self.outcomes.iter().cloned().collect();
                 let forgotten = self.forgotten;

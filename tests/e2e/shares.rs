@@ -165,3 +165,35 @@ fn a_gpu_that_the_node_has_not_is_not_promised() {
     let refused = namespace.wait_phase("p", "Failed", seconds(20));
     assert_eq!(refused["status"]["reason"], "OutOfamd.com/gpu", "{:#}", refused["status"]);
 }
+
+#[test]
+fn cpus_that_are_taken_away_from_the_job_are_no_longer_offered() {
+    let namespace = Namespace::new("shrunk");
+    let pilot = Pilot::local(Options::new("shrunk"), 600);
+    namespace.config_map("script", &[("run.sh", SCRIPT)]);
+    noting(&namespace, &pilot, "p", &both(&json!({"cpu": "1", "memory": "10Mi"})));
+    let own: usize = cpus(&pilot, "p").parse().unwrap();
+    let all = pilot.nodes()[0]["status"]["capacity"]["cpu"].as_str().unwrap().parse::<usize>().unwrap();
+    // As a batch system does it: the pilot's mask has less, and just what the pod had to itself is gone.
+    let [process] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    let mut mask = nix::sched::CpuSet::new();
+    (0..all).filter(|cpu| *cpu != own).for_each(|cpu| mask.set(cpu).unwrap());
+    let set_mask = |mask: &nix::sched::CpuSet| {
+        for thread in std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten() {
+            let thread: i32 = thread.file_name().to_str().unwrap().parse().unwrap();
+            nix::sched::sched_setaffinity(Pid::from_raw(thread), mask).unwrap();
+        }
+    };
+    set_mask(&mask);
+    let offered = |wanted: usize| {
+        let status = &pilot.nodes()[0]["status"];
+        status["capacity"]["cpu"] == wanted.to_string() && status["allocatable"]["cpu"] == wanted.to_string()
+    };
+    wait_until("the Node offers what is left", seconds(30), || offered(all - 1));
+    wait_until("the pod has moved", seconds(10), || {
+        now(&pilot, "p").iter().all(|list| !list.contains(&own.to_string()))
+    });
+    mask.set(own).unwrap();
+    set_mask(&mask);
+    wait_until("and what has come back", seconds(30), || offered(all));
+}

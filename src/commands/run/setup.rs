@@ -4,6 +4,7 @@
 //! that was started again and does not reach the API server in time has pods to end all the same: [`leave`].
 
 mod api;
+mod cpus;
 mod deadline;
 mod isolation;
 mod join;

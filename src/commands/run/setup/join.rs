@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
+use super::cpus;
 use super::deadline::rfc3339;
 use super::memory::{self, Memory};
 use super::node::{facts, follow, grant};
@@ -48,6 +49,7 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     let (ledger, placement, shares) = manager::shares(grant(&begun.allocation));
     let memory = Memory::of(&begun.allocation);
     let (pressure_tx, pressure) = watch::channel(false);
+    let (cpus_tx, cpus) = watch::channel(begun.allocation.cpus.value.len());
     let context = context(args, &begun, &way, &facts, (shares, &memory));
     if let Some(tunnels) = &begun.holds.tunnels {
         tunnel::follow_node(&node, tunnels, args.advertise_address.is_some());
@@ -61,12 +63,13 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(way.client, &begun.name),
-        facts: follow(facts, node.labels(), pressure.clone()),
+        facts: follow(facts, node.labels(), pressure, cpus),
         recovered: std::mem::take(&mut begun.recovered),
         ledger,
         placement,
     });
     memory.watch(&context, &manager, pressure_tx);
+    cpus::watch(&begun.allocation, &manager, &node, cpus_tx);
     let known = *begun.timing.borrow();
     tracing::info!(
         node = begun.name,

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use tokio::sync::watch;
 
 use super::SetupError;
 use super::state::PilotState;
 use crate::allocation::duration::Walltime;
+use crate::allocation::topology::Cpu;
 use crate::allocation::{Allocation, BatchSystem, Task, TimeLimit, Vendor};
 use crate::cli::RunArgs;
 use crate::node::labels::{NameParts, check_node_name};
@@ -131,12 +133,11 @@ pub(in crate::commands) fn grant(allocation: &Allocation) -> Grant {
     for gpu in &allocation.gpus.value {
         devices.entry(resource(gpu.vendor).to_owned()).or_default().push(gpu.id.clone());
     }
-    let processors = allocation.topology.iter().map(|cpu| Processor {
-        number: cpu.number,
-        core: cpu.core,
-        node: cpu.node,
-    });
-    Grant { processors: processors.collect(), devices }
+    Grant { processors: processors(&allocation.topology), devices }
+}
+
+pub(super) fn processors(cpus: &[Cpu]) -> Vec<Processor> {
+    cpus.iter().map(|cpu| Processor { number: cpu.number, core: cpu.core, node: cpu.node }).collect()
 }
 
 /// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.
@@ -179,11 +180,12 @@ pub(super) fn facts(config: &NodeConfig, args: &RunArgs, isolation: &Isolation) 
     }
 }
 
-/// The Node as admission sees it, with its labels as they are published, and whether its memory runs short.
+/// The Node as admission sees it, with its labels as they are published, whether its memory runs short, and its CPUs.
 pub(super) fn follow(
     mut facts: NodeFacts,
     mut labels: watch::Receiver<BTreeMap<String, String>>,
     mut pressure: watch::Receiver<bool>,
+    mut cpus: watch::Receiver<usize>,
 ) -> watch::Receiver<NodeFacts> {
     facts.labels.clone_from(&labels.borrow_and_update());
     let (facts_tx, facts) = watch::channel(facts);
@@ -192,6 +194,10 @@ pub(super) fn follow(
             tokio::select! {
                 changed = labels.changed() => if changed.is_err() { return },
                 Ok(()) = pressure.changed() => {}
+                Ok(()) = cpus.changed() => {
+                    let now = Quantity(cpus.borrow_and_update().to_string());
+                    facts_tx.send_modify(|facts| drop(facts.allocatable.insert("cpu".to_owned(), now)));
+                }
             }
             let (now, short) = (labels.borrow_and_update().clone(), *pressure.borrow_and_update());
             facts_tx.send_modify(|facts| (facts.labels, facts.memory_pressure) = (now, short));
