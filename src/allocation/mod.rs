@@ -9,6 +9,7 @@ pub mod deadline;
 pub mod duration;
 mod environment;
 pub mod gauge;
+mod gpu_models;
 mod pbs;
 mod pbs_text;
 pub mod report;
@@ -28,6 +29,7 @@ pub use ask::{AskError, Question};
 pub use deadline::Deadline;
 pub use duration::{Walltime, format_clock, parse_walltime};
 pub use environment::Environment;
+pub use gpu_models::{GpuModel, gpu_models};
 pub(crate) use pbs::find_qstat;
 pub use report::render;
 pub use resources::{Gpu, Roots, Vendor};
@@ -210,6 +212,8 @@ struct Job {
     started: Option<Fact<SystemTime>>,
     /// How many CPUs were granted here.
     cpus: Option<Fact<usize>>,
+    /// How many GPUs were granted here.
+    gpus: Option<Fact<usize>>,
     /// What is known of granted memory here, in bytes.
     memory: Vec<Fact<u64>>,
 }
@@ -227,6 +231,7 @@ impl Job {
             task: Task { rank: 0, nodes: 1, tasks: 1 },
             started: None,
             cpus: None,
+            gpus: None,
             memory: Vec::new(),
         }
     }
@@ -288,7 +293,7 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
         topology: topology::of(&settings.roots, &cpus.value),
         cpus,
         memory: resources::memory(&settings.roots, job.memory),
-        gpus: resources::gpus(env, &settings.roots),
+        gpus: resources::gpus(env, &settings.roots, job.gpus),
         question,
     }
 }

@@ -294,6 +294,7 @@ pub(super) fn describe(env: &Environment, hostname: &str, qstat: Option<&QstatJo
     };
     let (cpus, memory) = grant.map_or((None, None), |grant| (grant.cpus, grant.memory));
     Job {
+        gpus: None,
         id,
         array: env
             .filled("PBS_ARRAY_ID")

@@ -180,9 +180,21 @@ fn parse_mem_total(text: &str) -> Option<u64> {
 }
 
 /// The GPUs of the visible-devices variables. The host's own are never counted.
-pub(super) fn gpus(env: &Environment, roots: &Roots) -> Fact<Vec<Gpu>> {
+pub(super) fn gpus(env: &Environment, roots: &Roots, grant: Option<Fact<usize>>) -> Fact<Vec<Gpu>> {
     let present = |visible: &Visible| roots.dev.join(visible.device).exists();
-    choose_gpus(env, &VISIBLE.map(|visible| (visible.vendor, present(&visible))))
+    let mut gpus = choose_gpus(env, &VISIBLE.map(|visible| (visible.vendor, present(&visible))));
+    // Where the two contradict each other, less counts: what was set by hand, or inherited from another job, is no grant.
+    if let Some(grant) = grant.filter(|grant| grant.value < gpus.value.len()) {
+        gpus.source = format!(
+            "{}: the first {} of the {} of {}, which names more than were granted",
+            grant.source,
+            grant.value,
+            gpus.value.len(),
+            gpus.source
+        );
+        gpus.value.truncate(grant.value);
+    }
+    gpus
 }
 
 /// Slurm without AutoDetect sets the variables of all vendors to one list (gres.conf(5), Flags): it is the list of the
@@ -322,6 +334,21 @@ mod tests {
             gpus(&all, &[(Vendor::Amd, true)]),
             ("Amd 0, Amd 1".into(), "ROCR_VISIBLE_DEVICES".into())
         );
+    }
+
+    #[test]
+    fn of_lists_that_contradict_each_other_the_shorter_counts() {
+        let env = Environment::from_pairs([("CUDA_VISIBLE_DEVICES", "0,1,2")]);
+        let roots = Roots { dev: "/nonexistent".into(), ..Roots::default() };
+        let count = |grant: Option<usize>| {
+            let fact = gpus(&env, &roots, grant.map(|grant| Fact::new(grant, "SLURM_GPUS_ON_NODE")));
+            (fact.value.len(), fact.source)
+        };
+        assert_eq!(count(None), (3, "CUDA_VISIBLE_DEVICES".to_owned()));
+        assert_eq!(count(Some(4)).0, 3);
+        let (cut, source) = count(Some(1));
+        assert_eq!(cut, 1);
+        assert!(source.starts_with("SLURM_GPUS_ON_NODE: the first 1 of the 3 of CUDA"), "{source}");
     }
 
     proptest! {

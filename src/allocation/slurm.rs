@@ -158,7 +158,10 @@ pub(super) fn describe(env: &Environment) -> Job {
         let mib = env.number::<u64>(name)?.checked_mul(count?)?;
         Some(Fact::new(mib.checked_mul(1 << 20)?, source))
     });
+    let gpus =
+        on_node_gpus.and_then(|count| Some(Fact::new(usize::try_from(count).ok()?, "SLURM_GPUS_ON_NODE")));
     Job {
+        gpus,
         id: fact("SLURM_JOB_ID").or_else(|| fact("SLURM_JOBID")),
         array: array.map(|(job, index)| {
             Fact::new(format!("{job}_{index}"), "SLURM_ARRAY_JOB_ID, SLURM_ARRAY_TASK_ID")

@@ -1,12 +1,15 @@
 //! What of the allocation a pod has to itself: CPUs and GPUs.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::harness::{Namespace, Options, Pilot, container, pod_spec, read, seconds, wait_for, wait_until};
+use crate::harness::{
+    Namespace, Options, Pilot, container, pod_spec, read, seconds, shared_directory, wait_for, wait_until,
+};
 
 /// A pod that notes what it has and sleeps; all its containers ask for `resources`.
 fn noting(namespace: &Namespace, pilot: &Pilot, name: &str, resources: &Value) -> Value {
@@ -152,6 +155,46 @@ fn each_pod_sees_its_own_gpu_and_one_that_asked_for_none_sees_none() {
     namespace.wait_gone("p", seconds(20));
     noting(&namespace, &pilot, "fourth", &one);
     assert_eq!(visible("fourth"), freed);
+}
+
+#[test]
+fn slurms_gpus_are_handed_out_one_by_one() {
+    let namespace = Namespace::new("gres");
+    let pilot = Pilot::sbatch(Options::new("gres").arg("--gres=gpu:2"));
+    namespace.config_map("script", &[("run.sh", SCRIPT)]);
+    let node = pilot.nodes().remove(0);
+    assert_eq!(node["status"]["capacity"]["nvidia.com/gpu"], "2", "{:#}", node["status"]);
+    let one = json!({"limits": {"nvidia.com/gpu": "1"}});
+    noting(&namespace, &pilot, "p", &one);
+    noting(&namespace, &pilot, "q", &one);
+    noting(&namespace, &pilot, "none", &json!({}));
+    let visible = |pod: &str, name: &str| variable(&pilot, pod, name).unwrap();
+    let mut seen = [visible("p", "CUDA_VISIBLE_DEVICES"), visible("q", "CUDA_VISIBLE_DEVICES")];
+    seen.sort();
+    assert_eq!(seen, ["0", "1"]);
+    // Slurm without AutoDetect sets the variables of all vendors.
+    assert_eq!(
+        (visible("p", "ROCR_VISIBLE_DEVICES"), visible("p", "ZE_AFFINITY_MASK")),
+        ("-1".into(), "999".into())
+    );
+    assert_eq!(
+        (visible("none", "CUDA_VISIBLE_DEVICES"), visible("none", "GPU_DEVICE_ORDINAL")),
+        ("-1".into(), "-1".into())
+    );
+}
+
+#[test]
+fn what_the_vendors_tool_says_of_the_gpus_is_in_the_nodes_labels() {
+    let tools = shared_directory();
+    let tool = tools.path().join("nvidia-smi");
+    std::fs::write(&tool, "#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960'\n").unwrap();
+    std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", tools.path().display());
+    let options = Options::new("smi").env("CUDA_VISIBLE_DEVICES", "0").env("PATH", &path);
+    let pilot = Pilot::local(options, 600);
+    let labels = pilot.nodes()[0]["metadata"]["labels"].clone();
+    assert_eq!(labels["nvidia.com/gpu.product"], "NVIDIA-A100-SXM4-40GB", "{labels:#}");
+    assert_eq!(labels["nvidia.com/gpu.memory"], "40960", "{labels:#}");
 }
 
 #[test]

@@ -45,7 +45,7 @@ use self::state::{load_state, recover, save_state};
 pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
-use crate::allocation::{Deadline, Tracker, TrackerHandle, TrackerSettings};
+use crate::allocation::{Deadline, GpuModel, Tracker, TrackerHandle, TrackerSettings};
 use crate::certificates::{BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
@@ -195,6 +195,8 @@ pub struct Begun {
     records: Records,
     recovered: Vec<manager::Recovered>,
     isolation: Isolation,
+    /// Which GPUs there are, once the vendors' tools were asked.
+    models: Vec<GpuModel>,
 }
 
 impl Begun {
@@ -328,5 +330,6 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         records,
         recovered,
         isolation,
+        models: Vec::new(),
     })
 }

@@ -11,9 +11,9 @@ use super::SetupError;
 use super::state::PilotState;
 use crate::allocation::duration::Walltime;
 use crate::allocation::topology::Cpu;
-use crate::allocation::{Allocation, BatchSystem, Task, TimeLimit, Vendor};
+use crate::allocation::{Allocation, BatchSystem, GpuModel, Task, TimeLimit, Vendor};
 use crate::cli::RunArgs;
-use crate::node::labels::{NameParts, check_node_name};
+use crate::node::labels::{NameParts, check_node_name, label_value};
 use crate::node::{self, NodeConfig};
 use crate::pod::admission::NodeFacts;
 use crate::pod::context::Places;
@@ -138,6 +138,30 @@ pub(in crate::commands) fn grant(allocation: &Allocation) -> Grant {
 
 pub(super) fn processors(cpus: &[Cpu]) -> Vec<Processor> {
     cpus.iter().map(|cpu| Processor { number: cpu.number, core: cpu.core, node: cpu.node }).collect()
+}
+
+/// What kind of GPUs there are, in the labels that the vendors' own tools give a Node: gpu-feature-discovery (memory in MiB) and
+/// AMD's node labeller (memory in GiB).
+pub(super) fn gpu_labels(models: &[GpuModel]) -> BTreeMap<String, String> {
+    let mut labels = BTreeMap::new();
+    for model in models {
+        let (product, memory, text) = match model.vendor {
+            Vendor::Nvidia => (
+                "nvidia.com/gpu.product",
+                "nvidia.com/gpu.memory",
+                model.memory_mib.map(|mib| mib.to_string()),
+            ),
+            Vendor::Amd => (
+                "amd.com/gpu.product-name",
+                "amd.com/gpu.vram",
+                model.memory_mib.map(|mib| format!("{}G", mib.div_ceil(1024))),
+            ),
+            Vendor::Intel => continue,
+        };
+        labels.insert(product.to_owned(), label_value(&model.product));
+        labels.extend(text.map(|text| (memory.to_owned(), text)));
+    }
+    labels
 }
 
 /// The walltime label: what `--walltime` says, else what the batch system granted, else what was left at the first start.

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::node::{facts, node_config};
+use super::node::{facts, gpu_labels, node_config};
 use super::{Begun, SetupError, api, tunnel};
+use crate::allocation;
 use crate::certificates;
 use crate::cli::RunArgs;
 use crate::cluster;
@@ -35,6 +36,14 @@ fn patience(args: &RunArgs, begun: &Begun) -> Duration {
 /// # Errors
 /// When it cannot be reached, or refuses the credential.
 pub async fn reach(args: &RunArgs, begun: &mut Begun) -> Result<Way, SetupError> {
+    // nvidia-smi may take seconds, in which the API server is found.
+    let (env, gpus) = (begun.env.clone(), begun.allocation.gpus.value.clone());
+    let (way, models) = tokio::join!(way(args, begun), allocation::gpu_models(&env, &gpus));
+    begun.models = models;
+    way
+}
+
+async fn way(args: &RunArgs, begun: &mut Begun) -> Result<Way, SetupError> {
     let patience = patience(args, begun);
     let node_port = Some(api::port_of(&begun.listener)?);
     begun.holds.tunnels =
@@ -81,6 +90,9 @@ pub(super) fn config(args: &RunArgs, begun: &Begun, ip: &str) -> NodeConfig {
 /// When the API server refuses it; nothing is registered then.
 pub async fn register(args: &RunArgs, begun: &Begun, way: &Way) -> Result<Entered, SetupError> {
     let mut config = config(args, begun, &way.ip);
+    for (key, value) in gpu_labels(&begun.models) {
+        config.labels.entry(key).or_insert(value);
+    }
     config.daemon_port = Some(api::port_of(&begun.listener)?);
     config.declared_features = api::declared_features(&way.client).await;
     if let Some(tunnels) = &begun.holds.tunnels {
