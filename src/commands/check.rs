@@ -67,7 +67,13 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
     findings.extend(host::isolation(args).await);
 
     let home = env.filled("HOME").map(PathBuf::from);
-    match args.pods.pods_dir.clone().or_else(|| home.clone()) {
+    let given = args.pods.pods_dir.as_ref().map(|path| setup::by_variable(path, &env)).transpose();
+    let given = given.unwrap_or_else(|error| {
+        // What a batch system makes for each job is not there before.
+        findings.push(Finding::warn("pods directory", error.to_string(), "look again within the job"));
+        None
+    });
+    match given.or_else(|| home.clone()) {
         Some(pods) => findings.extend(directories::look(pods, Purpose::Pods).await),
         None => findings.push(Finding::warn("pods directory", "not looked at, for want of HOME", "")),
     }

@@ -33,7 +33,14 @@ const COUNTED: usize = 200_000;
 #[must_use]
 pub fn run(args: &CleanArgs) -> ExitCode {
     let env = Environment::from_process();
-    let Some(pods_dir) = args.pods_dir.clone().or_else(|| env.filled("HOME").map(PathBuf::from)) else {
+    let given = match args.pods_dir.as_ref().map(|path| setup::by_variable(path, &env)).transpose() {
+        Ok(given) => given,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let Some(pods_dir) = given.or_else(|| env.filled("HOME").map(PathBuf::from)) else {
         eprintln!(
             "error: HOME is not set; set it, or name the pods' directory with --pods-dir (JIRIAF_PODS_DIR)"
         );

@@ -5,7 +5,8 @@ use std::os::unix::fs::MetadataExt as _;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ALICE, Namespace, Options, Pilot, as_user, container, pod_spec, read, run, seconds, unique, wait_until,
+    ALICE, Namespace, Options, Pilot, as_user, container, pod_spec, read, run, seconds, shared_directory,
+    unique, wait_until,
 };
 
 /// A pod of one container that runs this script, with these volumes and mounts beside the script's.
@@ -141,6 +142,36 @@ fn a_directory_that_grows_over_its_limit_is_found() {
     wait_until("the pod is told to be evicted", seconds(30), || {
         namespace.events("p").contains(&("Evicted".to_owned(), wanted.clone()))
     });
+}
+
+#[test]
+fn a_container_that_writes_more_than_its_ephemeral_storage_limit_is_evicted() {
+    let namespace = Namespace::new("scratch");
+    let pilot = Pilot::local(Options::new("scratch"), 600);
+    namespace.config_map("p", &[("run.sh", "head -c 3M /dev/zero >file; sleep 600\n")]);
+    let mut one = container("c1", "p");
+    one["resources"] = json!({"limits": {"ephemeral-storage": "2Mi"}});
+    namespace.pod_on(&pilot, "p", pod_spec("Never", &[one]));
+    let pod = namespace.wait_phase("p", "Failed", seconds(40));
+    assert_eq!(pod["status"]["reason"], "Evicted", "{:#}", pod["status"]);
+    // All containers' limit together is the pod's, which is looked at first.
+    let wanted = "Pod ephemeral local storage usage exceeds the total limit of containers 2Mi. ";
+    assert_eq!(pod["status"]["message"], wanted, "{:#}", pod["status"]);
+}
+
+#[test]
+fn pods_live_where_a_variable_of_the_job_says() {
+    let namespace = Namespace::new("tmpdir");
+    let scratch = shared_directory();
+    std::fs::set_permissions(scratch.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let options = Options::new("tmpdir")
+        .env("SLURM_TMPDIR", scratch.path().to_str().unwrap())
+        .env("JIRIAF_PODS_DIR", "$SLURM_TMPDIR/pods");
+    let pilot = Pilot::local(options, 600);
+    namespace.script_on(&pilot, "p", "pwd >$JIRIAF_POD_DIR/where\n");
+    namespace.wait_phase("p", "Succeeded", seconds(30));
+    let place = scratch.path().join("pods/p");
+    assert_eq!(read(&place.join("where")).trim(), place.join("containers/c1").to_str().unwrap());
 }
 
 #[test]

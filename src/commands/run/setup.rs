@@ -36,7 +36,7 @@ pub(in crate::commands) use self::join::{policy, spawn_housekeeping};
 pub(in crate::commands) use self::memory::Memory;
 pub(in crate::commands) use self::node::{capacity, grant, node_name, site};
 pub use self::places::default_state_dir;
-pub(in crate::commands) use self::places::{place, places, private, take_lock};
+pub(in crate::commands) use self::places::{by_variable, place, places, private, take_lock};
 pub use self::reach::{Way, reach, register};
 pub(in crate::commands) use self::settings::check_settings;
 pub(in crate::commands) use self::state::{PilotState, instance, read_state, this_process};

@@ -1,5 +1,5 @@
 //! Keeps a pod's volumes true while it lives: ConfigMaps and Secrets that change, labels and annotations, tokens that end;
-//! and looks whether an emptyDir has grown over its limit.
+//! and looks whether the pod has more on disk than it may.
 //!
 //! [`Keeper`] is what the pod's worker has: one task, which begins a second after the containers, so that a short pod costs
 //! nothing. Each of its steps asks what is not as it should be, so that nothing that happened meanwhile is missed.
@@ -16,19 +16,19 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::refresh::{self, Layout, Refreshed};
-use super::{VOLUMES, VolumeError, memory, usage};
+use super::storage::Limits;
+use super::{VolumeError, memory};
 use crate::pod::context::{Context, reading_disk};
 use crate::pod::environment::References;
 use crate::pod::events::Kind as EventKind;
 use crate::pod::objects::Held;
 use crate::pod::objects::watches::{Key, Version, Watched};
-use crate::pod::quantity;
 use crate::pod::worker::prepare_again;
 
 /// The keeper begins so long after the containers: most short pods are over by then.
 const BEGIN: Duration = Duration::from_secs(1);
 
-/// Between looks at the sizes of emptyDirs (kubelet's evictionMonitoringPeriod, pkg/kubelet/kubelet.go).
+/// Between looks at what pods have on disk (kubelet's evictionMonitoringPeriod, pkg/kubelet/kubelet.go).
 const LOOK: Duration = Duration::from_secs(10);
 
 /// The first wait after something that failed and may work again; doubled up to [`RETRY_MOST`].
@@ -47,7 +47,7 @@ const FOUND: usize = 1;
 /// What the keeper tells the worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
-    /// An emptyDir has more in it than its sizeLimit: the pod is to be evicted, with this message.
+    /// There is more on disk than the pod may have: it is to be evicted, with this message.
     Exceeded {
         /// kubelet's own words.
         message: String,
@@ -170,16 +170,6 @@ fn is_in_memory(volume: &Volume) -> bool {
     volume.empty_dir.as_ref().is_some_and(|empty| empty.medium.as_deref() == Some("Memory"))
 }
 
-/// The emptyDirs with a limit: their limits in bytes, and as a kubelet writes them.
-fn limits(pod: &Pod) -> Vec<(String, u64, String)> {
-    let limit = |volume: &Volume| {
-        let limit = volume.empty_dir.as_ref()?.size_limit.as_ref()?;
-        let bytes = u64::try_from(quantity::bytes(limit).ok()?).ok().filter(|bytes| *bytes > 0)?;
-        Some((volume.name.clone(), bytes, limit.0.clone()))
-    };
-    volumes(pod).filter_map(limit).collect()
-}
-
 /// Whether anything in a pod's volumes may change or grow.
 fn has_to_be_kept(pod: &Pod) -> bool {
     volumes(pod).any(|volume| {
@@ -187,8 +177,7 @@ fn has_to_be_kept(pod: &Pod) -> bool {
             || volume.secret.is_some()
             || volume.projected.is_some()
             || volume.downward_api.is_some()
-            || volume.empty_dir.as_ref().is_some_and(|empty| empty.size_limit.is_some())
-    })
+    }) || !Limits::of(pod).is_empty()
 }
 
 /// What a keeper needs of a pod: it is held for as long as the pod lives.
@@ -209,11 +198,6 @@ fn slim(pod: &Pod) -> Pod {
         spec.topology_spread_constraints = None;
     }
     slim
-}
-
-/// The text of an eviction (pkg/kubelet/eviction/helpers.go, emptyDirMessageFmt).
-fn exceeded(volume: &str, limit: &str) -> String {
-    format!("Usage of EmptyDir volume {volume:?} exceeds the limit {limit:?}. ")
 }
 
 struct Keep {
@@ -246,7 +230,7 @@ impl Keep {
             }
         }
         let begun = self.input.borrow().pod.clone();
-        self.look_at = (!limits(&begun).is_empty()).then(Instant::now);
+        self.look_at = (!Limits::of(&begun).is_empty()).then(Instant::now);
         loop {
             let input = self.input.borrow_and_update().clone();
             let now = Instant::now();
@@ -427,17 +411,12 @@ impl Keep {
         }
     }
 
-    /// Looks at the sizes of emptyDirs. One that is too large is told once, and no more looks follow.
+    /// Looks at what the pod has on disk. That it is too much is told once, and no more looks follow.
     async fn look(&mut self, input: &Input) {
         self.look_at = Some(Instant::now() + LOOK);
         let directory = Arc::clone(&input.directory);
-        let limits = limits(&input.pod);
-        let found = reading_disk(move || {
-            let over = limits
-                .into_iter()
-                .find(|(name, bytes, _)| usage::used(&directory.join(VOLUMES).join(name), *bytes) > *bytes);
-            over.map(|(name, _, limit)| exceeded(&name, &limit))
-        });
+        let limits = Limits::of(&input.pod);
+        let found = reading_disk(move || limits.exceeded(&directory));
         if let Ok(Some(message)) = found.await {
             self.look_at = None;
             let _ = self.found.try_send(Found::Exceeded { message });
@@ -457,19 +436,6 @@ mod tests {
     fn pod(volumes: Value) -> Pod {
         from_value(json!({"metadata": {"name": "p"}, "spec": {"containers": [], "volumes": volumes}}))
             .unwrap()
-    }
-
-    #[test]
-    fn limits_are_told_as_the_pod_writes_them() {
-        let pod = pod(json!([
-            {"name": "a", "emptyDir": {}},
-            {"name": "b", "emptyDir": {"sizeLimit": "1Mi"}},
-            {"name": "c", "emptyDir": {"sizeLimit": "0", "medium": "Memory"}},
-            {"name": "d", "emptyDir": {"sizeLimit": "2G", "medium": "Memory"}},
-        ]));
-        let wanted = [("b", 1 << 20, "1Mi"), ("d", 2_000_000_000, "2G")];
-        assert_eq!(limits(&pod), wanted.map(|(name, bytes, text)| (name.to_owned(), bytes, text.to_owned())));
-        assert_eq!(exceeded("b", "1Mi"), "Usage of EmptyDir volume \"b\" exceeds the limit \"1Mi\". ");
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod planner;
 mod refresh;
 mod script;
 mod sources;
+mod storage;
 mod subpath;
 #[cfg(test)]
 mod tests;

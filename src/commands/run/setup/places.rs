@@ -55,6 +55,21 @@ pub(in crate::commands) fn take_lock(state_dir: &Path) -> Result<Flock<File>, Se
         .map_err(|(_, error)| place("lock", &path, &format!("held by another process ({error})"), mend))
 }
 
+/// A path that may begin with a variable: what a batch system makes for each job (TMPDIR, SLURM_TMPDIR, PBS_JOBDIR) is known to the
+/// job alone, while the setting may come from a site's file, through which no shell goes.
+pub(in crate::commands) fn by_variable(path: &Path, env: &Environment) -> Result<PathBuf, SetupError> {
+    let text = path.to_string_lossy();
+    let Some(rest) = text.strip_prefix('$') else { return Ok(path.to_owned()) };
+    let (name, below) = rest.split_once('/').unwrap_or((rest, ""));
+    let name = name.strip_prefix('{').and_then(|name| name.strip_suffix('}')).unwrap_or(name);
+    match env.filled(name) {
+        Some(value) => Ok(Path::new(value).join(below)),
+        None => Err(SetupError::Setting(format!(
+            "--pods-dir (JIRIAF_PODS_DIR) is {text:?}, and {name} is not set in this job: name another variable, or a path"
+        ))),
+    }
+}
+
 /// The places of pods; the pods directory is made and written to, so that a full or read-only one is known at once.
 pub(in crate::commands) fn places(
     args: &PodArgs,
@@ -65,7 +80,10 @@ pub(in crate::commands) fn places(
     let home = env.get("HOME").map(PathBuf::from).ok_or_else(|| {
         SetupError::Setting("HOME is not set; set it to your home directory (pods see it too)".to_owned())
     })?;
-    let pods = args.pods_dir.clone().unwrap_or_else(|| home.clone());
+    let pods = match &args.pods_dir {
+        Some(path) => by_variable(path, env)?,
+        None => home.clone(),
+    };
     let mend = "make room or permit writing there, or choose another place with --pods-dir (JIRIAF_PODS_DIR)";
     let fail = |error: io::Error| place("pods directory", &pods, &error, mend);
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods).map_err(fail)?;
@@ -77,4 +95,28 @@ pub(in crate::commands) fn places(
     fs::write(&probe, [0u8; 4096]).map_err(fail)?;
     fs::remove_file(&probe).map_err(fail)?;
     Ok(Places { pods, namespaced: args.pods_layout == PodsLayout::Namespaced, kept, home })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_directory_may_begin_with_a_variable_of_the_job() {
+        let env = Environment::from_pairs([("SLURM_TMPDIR", "/scratch/7"), ("EMPTY", "")]);
+        let path = |text: &str| by_variable(Path::new(text), &env).map_err(|error| error.to_string());
+        for (text, wanted) in [
+            ("/plain/$x", "/plain/$x"),
+            ("relative", "relative"),
+            ("$SLURM_TMPDIR", "/scratch/7/"),
+            ("$SLURM_TMPDIR/pods", "/scratch/7/pods"),
+            ("${SLURM_TMPDIR}/a/b", "/scratch/7/a/b"),
+        ] {
+            assert_eq!(path(text).unwrap(), Path::new(wanted), "{text}");
+        }
+        for text in ["$PBS_JOBDIR/pods", "$EMPTY/pods", "$"] {
+            let error = path(text).unwrap_err();
+            assert!(error.contains("--pods-dir") && error.contains("is not set"), "{error}");
+        }
+    }
 }
