@@ -30,7 +30,7 @@ pub use deadline::Deadline;
 pub use duration::{Walltime, format_clock, parse_walltime};
 pub use environment::Environment;
 pub use gpu_models::{GpuModel, gpu_models};
-pub(crate) use pbs::find_qstat;
+pub(crate) use pbs::{find_pbs, find_qstat};
 pub use report::render;
 pub use resources::{Gpu, Roots, Vendor};
 pub use slurm::{TimeLeft, expand_hosts, parse_time_left};

@@ -83,13 +83,18 @@ fn configuration(env: &Environment) -> PathBuf {
 /// PBS's own qstat first: in PATH there may be Slurm's wrapper of that name (slurm-wlm-torque). PBS_O_PATH, the PATH
 /// of the submission, comes last: it is another host's, but a job's own PATH often lacks PBS altogether.
 pub(crate) fn find_qstat(env: &Environment) -> Option<PathBuf> {
+    find_pbs("qstat", env)
+}
+
+/// Another of PBS's programs, in the same places.
+pub(crate) fn find_pbs(name: &str, env: &Environment) -> Option<PathBuf> {
     let installed = read_bounded(&configuration(env)).as_deref().and_then(pbs_exec).map(str::to_owned);
     let installed = installed.or_else(|| env.filled("PBS_EXEC").map(str::to_owned));
     installed
-        .map(|prefix| Path::new(&prefix).join("bin/qstat"))
-        .filter(|qstat| environment::is_program(qstat))
-        .or_else(|| env.find_program("qstat"))
-        .or_else(|| environment::find_in(env.filled("PBS_O_PATH")?, "qstat"))
+        .map(|prefix| Path::new(&prefix).join("bin").join(name))
+        .filter(|program| environment::is_program(program))
+        .or_else(|| env.find_program(name))
+        .or_else(|| environment::find_in(env.filled("PBS_O_PATH")?, name))
 }
 
 /// PBS_EXEC of pbs.conf.

@@ -7,6 +7,7 @@ mod affinity;
 mod client;
 mod descriptors;
 mod exec;
+mod foreign;
 pub mod isolation;
 mod launch;
 mod log;
@@ -24,6 +25,7 @@ pub mod terminal;
 pub mod usage;
 
 pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
+pub use foreign::ForeignSessions;
 pub use launch::{become_program, launch};
 pub use log::LogLimits;
 pub use protocol::{

@@ -89,6 +89,26 @@ fn a_pilot_whose_qstat_fails_or_hangs_goes_on_with_what_it_knew_and_says_so() {
 }
 
 #[test]
+fn a_session_that_a_script_makes_is_made_known_to_the_job_within_a_second_or_so() {
+    let namespace = Namespace::new("session");
+    let job = PbsJob::new(1, "00:10:00");
+    let pilot = Pilot::pbs(Options::new("session"), &job);
+    namespace.script_on(&pilot, "p", "sleep 3671 &\nsetsid sleep 3672 &\nwait\n");
+    namespace.wait_phase("p", "Running", seconds(30));
+    wait_until("the script has made a session", seconds(10), || pilot.sessions("sleep 3672").len() == 1);
+    let made = Instant::now();
+    let session = pilot.sessions("sleep 3672")[0];
+    assert_ne!(session, pilot.session());
+    wait_until("PBS is told", seconds(10), || !job.attached().is_empty());
+    assert!(made.elapsed() < seconds(3), "{:?}", made.elapsed());
+    // Once, and no other: the job's own session is known.
+    assert_eq!(job.attached(), [format!("-j {} -p {session} session {session}", job.id)]);
+    namespace.of("pods").delete("p", Some(1));
+    namespace.wait_gone("p", seconds(20));
+    assert_eq!(job.attached().len(), 1);
+}
+
+#[test]
 fn a_qdel_ends_a_stubborn_pod_before_pbs_kills_it_however_much_walltime_is_left() {
     let namespace = Namespace::new("qdel");
     let job = PbsJob::new(1, "01:00:00");

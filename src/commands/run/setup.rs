@@ -12,6 +12,7 @@ mod memory;
 mod node;
 mod places;
 mod reach;
+mod sessions;
 mod settings;
 mod state;
 mod tunnel;

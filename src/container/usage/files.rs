@@ -28,6 +28,7 @@ pub(super) struct Stat {
     pub(super) zombie: bool,
     pub(super) parent: i32,
     pub(super) group: i32,
+    pub(super) session: i32,
     pub(super) threads: u64,
     pub(super) start: u64,
     /// utime and stime.
@@ -65,6 +66,7 @@ impl Stat {
             zombie: matches!(fields[0], "Z" | "X"),
             parent: fields[1].parse().ok()?,
             group: fields[2].parse().ok()?,
+            session: fields[3].parse().ok()?,
             threads: number(20),
             start: fields[19].parse().ok()?,
             own: number(14) + number(15),
@@ -289,6 +291,7 @@ mod tests {
             zombie: false,
             parent: 4700,
             group: 4701,
+            session: 4702,
             threads: 3,
             start: 201_394,
             own: 168,

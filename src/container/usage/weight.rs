@@ -7,7 +7,7 @@
 
 use std::fs;
 
-use super::files::{Files, Opened};
+use super::files::{Files, Opened, Stat};
 
 /// The most processes of one container that are weighed: a tree with more is a fork bomb, and its first ones weigh enough.
 const PROCESSES: usize = 10_000;
@@ -28,24 +28,37 @@ pub struct Scales(Files);
 impl Scales {
     /// All that descends from a supervisor, without it.
     pub fn weigh(&mut self, supervisor: i32) -> Weight {
-        let mut weight = Weight::default();
-        let Some(process) = Opened::new(supervisor) else { return weight };
+        let mut at_most = 0;
+        let processes = self.walk(supervisor, |_, stat| at_most += stat.resident);
+        Weight { at_most, processes }
+    }
+
+    /// The same processes, each with its session.
+    pub(in crate::container) fn sessions(&mut self, supervisor: i32) -> Vec<(i32, i32)> {
+        let mut sessions = Vec::new();
+        self.walk(supervisor, |pid, stat| sessions.push((pid, stat.session)));
+        sessions
+    }
+
+    fn walk(&mut self, supervisor: i32, mut each: impl FnMut(i32, &Stat)) -> Vec<i32> {
+        let mut processes = Vec::new();
+        let Some(process) = Opened::new(supervisor) else { return processes };
         // The supervisor's own children all come from its first thread; those that were orphaned do too (prctl(2)).
-        if !self.0.children_of(&process, 1, &mut weight.processes) {
-            weight.processes = self.0.children_by_parent(supervisor);
+        if !self.0.children_of(&process, 1, &mut processes) {
+            processes = self.0.children_by_parent(supervisor);
         }
         let mut next = 0;
-        while let Some(pid) = weight.processes.get(next).copied().filter(|_| next < PROCESSES) {
+        while let Some(pid) = processes.get(next).copied().filter(|_| next < PROCESSES) {
             next += 1;
             let Some(process) = Opened::new(pid) else { continue };
             let Some(stat) = self.0.stat_of(&process) else { continue };
-            weight.at_most += stat.resident;
-            if !self.0.children_of(&process, stat.threads, &mut weight.processes) {
+            each(pid, &stat);
+            if !self.0.children_of(&process, stat.threads, &mut processes) {
                 let children = self.0.children_by_parent(pid);
-                weight.processes.extend(children);
+                processes.extend(children);
             }
         }
-        weight
+        processes
     }
 }
 

@@ -32,7 +32,7 @@ impl PbsJob {
         // qstat, as alice, writes its calls here.
         let alice = User::from_name(ALICE).unwrap().expect("tests/slurm/up makes the user");
         chown(&directory, Some(alice.uid.as_raw()), Some(alice.gid.as_raw())).unwrap();
-        for program in ["qstat", "pbsdsh"] {
+        for program in ["qstat", "pbsdsh", "pbs_attach"] {
             let copy = directory.join(program);
             std::fs::copy(bed().script("stand-ins").join(program), &copy).unwrap();
             std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -81,6 +81,12 @@ impl PbsJob {
     pub fn calls(&self) -> Vec<String> {
         let calls = std::fs::read_to_string(self.directory.join("calls")).unwrap_or_default();
         calls.lines().filter_map(|line| line.split_once(' ')).map(|(_, call)| call.to_owned()).collect()
+    }
+
+    /// Each call of pbs_attach so far: its arguments, and the session of its process.
+    pub fn attached(&self) -> Vec<String> {
+        let calls = std::fs::read_to_string(self.directory.join("attached")).unwrap_or_default();
+        calls.lines().map(ToOwned::to_owned).collect()
     }
 
     /// What PBS gives a job's script, as far as a pilot looks at it.

@@ -11,7 +11,7 @@ use super::memory::{self, Memory};
 use super::node::{facts, follow, grant};
 use super::reach::{self, Entered, Way};
 use super::state::guardian_process;
-use super::{Begun, Pilot, SetupError, tunnel};
+use super::{Begun, Pilot, SetupError, sessions, tunnel};
 use crate::allocation::{self, BatchSystem};
 use crate::certificates;
 use crate::cli::{PodArgs, RunArgs};
@@ -60,6 +60,7 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     memory::tell_node(&node, pressure.clone());
     api.serve(&context, &begun.allocation, &begun.site);
     spawn_housekeeping(&context);
+    sessions::watch(&begun.allocation, &begun.env, &context);
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(way.client, &begun.name),
