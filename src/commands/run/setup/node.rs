@@ -157,6 +157,7 @@ pub(super) fn facts(config: &NodeConfig, args: &RunArgs, isolation: &Isolation) 
         namespaces: (!args.namespaces.is_empty()).then(|| args.namespaces.iter().cloned().collect()),
         shutting_down: false,
         isolation: isolation.clone(),
+        time_left: None,
     }
 }
 
