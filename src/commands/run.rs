@@ -197,6 +197,9 @@ async fn out_of_patience(
     tracing::warn!(?end, "the API server is still away: the pods of before the crash are ended without it");
 }
 
+/// Where an idle time may end the pilot it is looked at so often at least: what of it outlives a crash is written by then.
+const LOOK_FOR_WORK: Duration = Duration::from_secs(10);
+
 /// What an idle pilot waits for once its cordon is acknowledged: pods that the scheduler bound by what it knew before are on
 /// their way for milliseconds, and for longer where API server and scheduler are busy.
 const LAST_PODS: Duration = Duration::from_secs(5);
@@ -252,6 +255,9 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
             wait = wait.min(left);
         } else {
             over = None;
+        }
+        if pilot.idle.is_some() {
+            wait = wait.min(LOOK_FOR_WORK);
         }
         if let Look::Waiting(Some(left)) = look {
             wait = wait.min(left);
