@@ -94,13 +94,20 @@ fn a_pod_that_comes_in_the_last_moment_runs() {
     namespace.config_map("late", &[("run.sh", "exit 0\n")]);
     let mut spec = pod_spec("Never", &[container("c1", "late")]);
     spec["nodeName"] = pilot.node.as_str().into();
-    namespace.pod_on(&pilot, "late", spec);
+    namespace.pod_on(&pilot, "late", spec.clone());
     namespace.wait_phase("late", "Succeeded", seconds(30));
     assert!(pilot.output().contains("a pod came in the last moment"), "{}", pilot.output());
     // Another one by way of the scheduler: the Node is open.
     namespace.script_on(&pilot, "later", "exit 0\n");
     namespace.wait_phase("later", "Succeeded", seconds(30));
     drop(policy);
+
+    // Once more, when the cordon is acknowledged: as one that the scheduler bound by what it knew before.
+    wait_until("it is idle, and its Node cordoned", seconds(30), || {
+        pilot.nodes()[0]["spec"]["unschedulable"] == true
+    });
+    namespace.pod_on(&pilot, "last", spec);
+    namespace.wait_phase("last", "Succeeded", seconds(30));
     left(&mut pilot, "no pod ran for");
 }
 
