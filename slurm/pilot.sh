@@ -24,6 +24,8 @@ export JIRIAF_SITE=${JIRIAF_SITE:-${SLURM_CLUSTER_NAME:-slurm}}
 #export JIRIAF_NODETYPE=cpu
 # The namespaces whose pods may run as you; unset: all.
 #export JIRIAF_NAMESPACES=my-team
+# Leave, and give the nodes back, when no pod has run for so long, or none has come; unset: never.
+#export JIRIAF_IDLE_TIMEOUT=15m JIRIAF_IDLE_TIMEOUT_FIRST=30m
 # Where pods have their directories, $HOME/p1 for a pod p1. Where $HOME is small, or read-only on compute
 # nodes, name the site's scratch, such as $SCRATCH or /scratch/$LOGNAME.
 export JIRIAF_PODS_DIR=${JIRIAF_PODS_DIR:-$HOME}

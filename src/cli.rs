@@ -268,6 +268,16 @@ pub struct RunArgs {
     /// How long before the deadline pods are ended; at least 5 s [default: 10 % of the time, 30 s to 60 s].
     #[arg(long, env = "JIRIAF_DRAIN_BEFORE", value_parser = parse_drain, value_name = "DURATION")]
     pub drain_before: Option<Duration>,
+    /// Spreads the drains of a fleet: this pilot's cordon and drain come earlier by a part of it, which its Node's name
+    /// decides. At most half of the time at the start.
+    #[arg(long, env = "JIRIAF_STAGGER", value_parser = parse_duration, default_value = "0", value_name = "DURATION")]
+    pub stagger: Duration,
+    /// Ends the pilot, with exit code 0, when no pod has run for so long since the last one ended; 0: never.
+    #[arg(long, env = "JIRIAF_IDLE_TIMEOUT", value_parser = parse_duration, default_value = "0", value_name = "DURATION")]
+    pub idle_timeout: Duration,
+    /// Ends the pilot, with exit code 0, when no pod has come for so long since its Node was registered; 0: never.
+    #[arg(long, env = "JIRIAF_IDLE_TIMEOUT_FIRST", value_parser = parse_duration, default_value = "0", value_name = "DURATION")]
+    pub idle_timeout_first: Duration,
     /// What the job script's --signal=B:USR1@N promises: that this signal (or USR2) comes this long before the end.
     #[arg(long, env = "JIRIAF_SIGNAL_LEAD", value_parser = parse_lead, value_name = "DURATION")]
     pub signal_lead: Option<Duration>,
@@ -421,6 +431,9 @@ mod tests {
             (vec!["jiriaf-pilot", "run", "--pass-env", "A=b"], "--pass-env"),
             (vec!["jiriaf-pilot", "run", "--drain-before", "1s"], "--drain-before"),
             (vec!["jiriaf-pilot", "run", "--signal-lead", "0"], "--signal-lead"),
+            (vec!["jiriaf-pilot", "run", "--stagger", "much"], "--stagger"),
+            (vec!["jiriaf-pilot", "run", "--idle-timeout", "soon"], "--idle-timeout"),
+            (vec!["jiriaf-pilot", "run", "--idle-timeout-first", "never"], "--idle-timeout-first"),
             (vec!["jiriaf-pilot", "run", "--kill-wait", "2"], "--kill-wait"),
             (vec!["jiriaf-pilot", "run", "--port", "70000"], "--port"),
             (vec!["jiriaf-pilot", "run", "--tunnel", "ssh://login?colour=red"], "--tunnel"),

@@ -2,6 +2,7 @@
 //!
 //! [`Timing::new`] and [`share`] decide; `commands::run` carries it out.
 
+use std::hash::{DefaultHasher, Hasher as _};
 use std::time::{Duration, SystemTime};
 
 use crate::node::Timing;
@@ -55,6 +56,43 @@ impl Leads {
     }
 }
 
+/// How much earlier than its leads say one pilot of a fleet is cordoned and drained, so that not all of them are at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stagger(Duration);
+
+impl Stagger {
+    /// This Node's part of `--stagger`, from none of it to nearly all: the same after every restart, since it comes of the name.
+    #[must_use]
+    pub fn of(node: &str, all: Duration) -> Self {
+        // SipHash of the standard library with its fixed keys; names differ in their last digits, and it mixes those well.
+        let mut hasher = DefaultHasher::new();
+        hasher.write(node.as_bytes());
+        let part = u32::try_from(hasher.finish() >> 48).unwrap_or(0);
+        Self((all / (1 << 16)).saturating_mul(part))
+    }
+
+    /// The moments that belong to a deadline which was learnt at `now`, when those of `before` held.
+    ///
+    /// What it takes leaves [`LEAST_LIFE`] before the cordon. As time goes by less and less is left, so a cordon that has its
+    /// moment already keeps it: a deadline that moves by a second must not open a Node that is cordoned.
+    #[must_use]
+    pub fn timing(
+        self,
+        leads: Leads,
+        deadline: SystemTime,
+        now: SystemTime,
+        before: Option<&Timing>,
+    ) -> Timing {
+        let plain = leads.timing(deadline);
+        let until_plain = |moment: SystemTime| plain.cordon.duration_since(moment).unwrap_or_default();
+        let room = until_plain(now).saturating_sub(LEAST_LIFE);
+        let kept = before.map_or(Duration::ZERO, |before| until_plain(before.cordon));
+        let shift = self.0.min(room.max(kept));
+        Leads { cordon: leads.cordon.saturating_add(shift), drain: leads.drain.saturating_add(shift) }
+            .timing(deadline)
+    }
+}
+
 /// Why what is left at the start is too little for a Node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooLittle {
@@ -72,6 +110,11 @@ pub enum TooLittle {
         "with --cordon-before={}s (JIRIAF_CORDON_BEFORE) no pod would ever be taken", .0.as_secs()
     )]
     Cordon(Duration),
+    /// The pilots whose part is large would drain in the first half of their time.
+    #[error(
+        "--stagger={}s (JIRIAF_STAGGER) is more than half of that: pilots that get much of it would hardly take pods", .0.as_secs()
+    )]
+    Stagger(Duration),
 }
 
 impl TooLittle {
@@ -80,7 +123,7 @@ impl TooLittle {
     pub fn mend(self) -> &'static str {
         match self {
             Self::Time => "ask for more walltime",
-            Self::Drain(_) | Self::Cordon(_) => "ask for more walltime, or set it lower",
+            Self::Drain(_) | Self::Cordon(_) | Self::Stagger(_) => "ask for more walltime, or set it lower",
         }
     }
 }
@@ -89,13 +132,19 @@ impl TooLittle {
 ///
 /// # Errors
 /// Why not.
-pub fn suffices(left: Duration, cordon: Option<Duration>, drain: Option<Duration>) -> Result<(), TooLittle> {
+pub fn suffices(
+    left: Duration,
+    cordon: Option<Duration>,
+    drain: Option<Duration>,
+    stagger: Duration,
+) -> Result<(), TooLittle> {
     if left < LEAST_TIME {
         return Err(TooLittle::Time);
     }
     match (cordon, drain) {
         (_, Some(drain)) if left < drain.saturating_add(LEAST_LIFE) => Err(TooLittle::Drain(drain)),
         (Some(cordon), _) if left <= cordon => Err(TooLittle::Cordon(cordon)),
+        _ if stagger > left / 2 => Err(TooLittle::Stagger(stagger)),
         // The leads that are not set are part of the time: Leads::new.
         _ => Ok(()),
     }
@@ -187,16 +236,71 @@ mod tests {
             (600, (None, Some(Duration::MAX)), Err(TooLittle::Drain(Duration::MAX))),
         ];
         for (left, (cordon, drain), wanted) in table {
-            assert_eq!(suffices(s(left), cordon, drain), wanted, "{left} {cordon:?} {drain:?}");
+            assert_eq!(
+                suffices(s(left), cordon, drain, Duration::ZERO),
+                wanted,
+                "{left} {cordon:?} {drain:?}"
+            );
             if wanted.is_ok() {
                 let leads = Leads::new(s(left), cordon, drain);
                 assert!(leads.drain <= leads.cordon && leads.cordon < s(left), "{left} {leads:?}");
             }
         }
+        assert_eq!(suffices(s(600), None, None, s(300)), Ok(()));
+        assert_eq!(suffices(s(600), None, None, s(301)), Err(TooLittle::Stagger(s(301))));
+        assert_eq!(suffices(s(45), None, None, s(22)), Ok(()));
+        let text = TooLittle::Stagger(s(301)).to_string();
+        assert!(text.contains("--stagger=301s") && text.contains("JIRIAF_STAGGER"), "{text}");
         let text = TooLittle::Drain(s(600)).to_string();
         assert!(text.contains("--drain-before=600s") && text.contains("JIRIAF_DRAIN_BEFORE"), "{text}");
         let text = TooLittle::Cordon(s(600)).to_string();
         assert!(text.contains("--cordon-before=600s") && text.contains("JIRIAF_CORDON_BEFORE"), "{text}");
+    }
+
+    #[test]
+    fn a_fleet_drains_evenly_over_its_stagger_and_each_pilot_always_at_the_same_time() {
+        let part = |name: &str| Stagger::of(name, s(1000)).0;
+        let mut quarters = [0; 4];
+        for number in 0..1000 {
+            let name = format!("mysite-{}-n{}", 4000 + number / 8, number % 8);
+            assert!(part(&name) < s(1000));
+            quarters[usize::try_from(part(&name).as_secs() / 250).unwrap().min(3)] += 1;
+        }
+        assert!(quarters.iter().all(|count| (200..300).contains(count)), "{quarters:?}");
+        assert_eq!(Stagger::of("n", Duration::ZERO), Stagger(Duration::ZERO));
+        // Another process says the same.
+        assert_eq!(part("mysite-1234-n1").as_secs(), 258);
+    }
+
+    #[test]
+    fn what_a_stagger_takes_leaves_the_least_and_moves_no_cordon_back_and_forth() {
+        let start = SystemTime::UNIX_EPOCH + s(100_000);
+        let leads = Leads { cordon: s(120), drain: s(60) };
+        let of = |part| Stagger(s(part));
+        let timing = |part, left, now, before: Option<&Timing>| {
+            let timing = of(part).timing(leads, start + s(left), start + s(now), before);
+            assert_eq!(timing.drain, timing.cordon + s(60), "the cordon is as long before the drain as ever");
+            assert_eq!(timing.deadline, start + s(left));
+            timing
+        };
+        let cordon = |timing: &Timing| timing.cordon.duration_since(start).unwrap().as_secs();
+        let first = timing(300, 3600, 0, None);
+        assert_eq!(cordon(&first), 3600 - 120 - 300);
+        assert_eq!(cordon(&timing(0, 3600, 0, None)), 3600 - 120);
+        // Too little is left for all of it, or for any.
+        assert_eq!(cordon(&timing(300, 200, 0, None)), LEAST_LIFE.as_secs());
+        assert_eq!(cordon(&timing(300, 130, 0, None)), 10);
+        // Cordoned since a minute, the deadline moves by a second.
+        for moved in [3599, 3601] {
+            let again = timing(300, moved, 3240, Some(&first));
+            assert!(cordon(&again).abs_diff(cordon(&first)) <= 1, "{again:?}");
+        }
+        // It moves away, or comes near.
+        assert_eq!(cordon(&timing(300, 7200, 3240, Some(&first))), 7200 - 120 - 300);
+        let near = timing(300, 1000, 800, Some(&first));
+        assert_eq!(cordon(&near), 800 + LEAST_LIFE.as_secs());
+        assert_eq!(cordon(&timing(300, 1001, 810, Some(&near))), cordon(&near));
+        assert_eq!(cordon(&timing(300, 3600, 810, Some(&near))), cordon(&first));
     }
 
     #[test]

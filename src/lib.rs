@@ -11,6 +11,7 @@ pub mod server;
 
 pub mod certificates;
 pub mod drain;
+pub mod idle;
 pub mod node;
 pub mod pod;
 

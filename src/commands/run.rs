@@ -1,5 +1,6 @@
 //! `run`: the guardian's and the pilot's beginnings, and the pilot's one loop from its first sign of life to its last.
 
+mod cordon;
 mod end;
 pub(super) mod setup;
 pub(super) mod signals;
@@ -12,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::cordon::{Cordon, Why};
 use self::end::End;
 use self::setup::{Begun, Pilot, SetupError, Way};
 use self::signals::{Signal, Signals};
@@ -19,8 +21,9 @@ use crate::allocation::TrackerHandle;
 use crate::cli::RunArgs;
 use crate::drain::{self, Phase};
 use crate::guardian::{self, GuardianLink};
+use crate::idle::Look;
 use crate::node::{NodeHandle, Timing};
-use crate::pod::manager::{Gate, Manager};
+use crate::pod::manager::Counts;
 
 /// A refused credential in a batch job is not worth a quick exit: a chain of jobs would spin through its allocation.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60);
@@ -194,6 +197,17 @@ async fn out_of_patience(
     tracing::warn!(?end, "the API server is still away: the pods of before the crash are ended without it");
 }
 
+/// Where an idle time may end the pilot it is looked at so often at least: what of it outlives a crash is written by then.
+const LOOK_FOR_WORK: Duration = Duration::from_secs(10);
+
+/// What an idle pilot waits for once its cordon is acknowledged: pods that the scheduler bound by what it knew before are on
+/// their way for milliseconds, and for longer where API server and scheduler are busy.
+const LAST_PODS: Duration = Duration::from_secs(5);
+
+/// How long the API server is waited for with the cordon of an idle pilot. Longer than one that is upgraded is away; after it
+/// the hours are worth more than a Node that is removed.
+const CORDON_PATIENCE: Duration = Duration::from_secs(600);
+
 async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
     tracing::error!("{error}");
     if error.is_refusal() && std::env::var_os("SLURM_JOB_ID").or(std::env::var_os("PBS_JOBID")).is_some() {
@@ -212,8 +226,10 @@ async fn failed(error: &SetupError, signals: &mut Signals) -> ExitCode {
 /// Waits for the end, cordoning the Node on the way when its time comes.
 async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Signals) -> End {
     let mut timing = pilot.timing.clone();
+    let mut counts = pilot.manager.counts();
     let mut cordon = Cordon::new(Arc::clone(node), pilot.manager.clone());
     let mut node = node.state();
+    let mut over = None;
     loop {
         if node.borrow_and_update().taken_by.is_some() {
             return End::Taken;
@@ -222,8 +238,37 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
         if phase == Phase::Draining {
             return End::Deadline;
         }
-        cordon.want(phase == Phase::Cordoned).await;
-        let wait = wait.unwrap_or(Duration::MAX).min(LOOK_AGAIN);
+        let mut wait = wait.unwrap_or(Duration::MAX).min(LOOK_AGAIN);
+        let look = look_for_work(pilot, &mut counts);
+        if let Look::Over(rest) = look {
+            let since = *over.get_or_insert_with(|| {
+                tracing::info!("{rest}: no more pods are taken, and the pilot ends");
+                Instant::now()
+            });
+            let closed = cordon.closed_since();
+            let left = closed.map_or(CORDON_PATIENCE.saturating_sub(since.elapsed()), |closed| {
+                LAST_PODS.saturating_sub(closed.elapsed())
+            });
+            if left.is_zero() {
+                return End::Idle(rest);
+            }
+            wait = wait.min(left);
+        } else {
+            over = None;
+        }
+        if pilot.idle.is_some() {
+            wait = wait.min(LOOK_FOR_WORK);
+        }
+        if let Look::Waiting(Some(left)) = look {
+            wait = wait.min(left);
+        }
+        cordon
+            .want(match (phase, look) {
+                (Phase::Cordoned, _) => Some(Why::Deadline),
+                (_, Look::Over(_)) => Some(Why::Idle),
+                _ => None,
+            })
+            .await;
         tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Ask => {
@@ -235,6 +280,7 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
             },
             // Beside the signals: an API server that does not answer must not hold them up.
             () = cordon.turn() => {}
+            Ok(()) = counts.changed(), if pilot.idle.is_some() => {}
             _ = timing.changed() => {}
             _ = node.changed() => {}
             () = tokio::time::sleep(wait) => {}
@@ -242,63 +288,19 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
     }
 }
 
-type Turning = std::pin::Pin<Box<dyn Future<Output = Result<(), crate::node::NodeError>> + Send>>;
-
-/// The cordon: whether pods are taken, here and as the API server knows it.
-struct Cordon {
-    node: Arc<NodeHandle>,
-    manager: Manager,
-    closed: bool,
-    /// What is being asked of the API server.
-    turning: Option<(bool, Turning)>,
-}
-
-impl Cordon {
-    fn new(node: Arc<NodeHandle>, manager: Manager) -> Self {
-        Self { node, manager, closed: false, turning: None }
+/// Whether there is work for this pilot, and how long there has been none; what of it outlives a crash is kept.
+fn look_for_work(pilot: &mut Pilot, counts: &mut watch::Receiver<Counts>) -> Look {
+    let Some((idle, keep)) = &mut pilot.idle else { return Look::Busy };
+    let counts = *counts.borrow_and_update();
+    let now = Instant::now().into_std();
+    let look = idle.look(counts.working > 0, now);
+    if let Some(kept) = idle.to_keep(SystemTime::now()) {
+        keep.send_modify(|state| state.idle = kept);
     }
-
-    /// Begins to close or open. Until the API server has acknowledged it, pods that arrive wait: those that the scheduler
-    /// binds in the moment of opening come before the answer does.
-    async fn want(&mut self, closed: bool) {
-        let target = self.turning.as_ref().map_or(self.closed, |(target, _)| *target);
-        if target == closed {
-            return;
-        }
-        if closed {
-            tracing::info!("no more pods are taken: the deadline is near");
-        }
-        self.manager.gate(Gate::Holding).await;
-        self.ask(closed, Duration::ZERO);
-    }
-
-    fn ask(&mut self, closed: bool, pause: Duration) {
-        let node = Arc::clone(&self.node);
-        let request = async move {
-            tokio::time::sleep(pause).await;
-            if closed { node.cordon().await } else { node.uncordon().await }
-        };
-        self.turning = Some((closed, Box::pin(request)));
-    }
-
-    /// Waits for the API server's answer; for ever when nothing is asked.
-    async fn turn(&mut self) {
-        let Some((closed, turning)) = &mut self.turning else { return std::future::pending().await };
-        let (closed, result) = (*closed, turning.await);
-        self.turning = None;
-        match result {
-            Ok(()) => {
-                self.closed = closed;
-                if !closed {
-                    tracing::info!("the deadline has moved away; pods are taken again");
-                }
-                self.manager.gate(if closed { Gate::Closed } else { Gate::Open }).await;
-            }
-            Err(error) => {
-                tracing::warn!(%error, closed, "the Node's cordon could not be changed; it is tried again");
-                self.ask(closed, Duration::from_secs(1));
-            }
-        }
+    match look {
+        // Pods of before a crash, or of before this pilot, may be there.
+        Look::Over(_) if !counts.listed => Look::Waiting(None),
+        look => look,
     }
 }
 

@@ -8,10 +8,11 @@ mod lost;
 mod refusals;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::StreamExt as _;
 use futures::future::{BoxFuture, join_all};
@@ -82,6 +83,9 @@ pub struct Summary {
 pub struct Counts {
     /// Pods that have not ended.
     pub active: usize,
+    /// Pods for which the pilot is here: those that have not ended and those that wait at the gate, less those that are on
+    /// every Node and never leave ([`work`]).
+    pub working: usize,
     /// Pods that have ended and whose final status is not acknowledged.
     pub unreported: usize,
     /// Pods that never ran here and whose final status is not acknowledged: refused, lost, or deleted before they came.
@@ -183,7 +187,7 @@ pub fn spawn(setup: Setup) -> Manager {
     let (notes_tx, notes) = mpsc::channel(NOTES);
     // Known before the manager's first turn: an end that begins at once must not find that there is nothing to wait for.
     let taken_up = setup.recovered.len();
-    let first = Counts { active: taken_up, known: taken_up, ..Counts::default() };
+    let first = Counts { active: taken_up, working: taken_up, known: taken_up, ..Counts::default() };
     let (counts_tx, counts) = watch::channel(first);
     let state = State {
         context: setup.context,
@@ -212,6 +216,8 @@ pub fn spawn(setup: Setup) -> Manager {
 struct Entry {
     commands: mpsc::Sender<Command>,
     pod: Pod,
+    /// Whether the pilot is here for its sake.
+    works: bool,
     ended: bool,
     reported: bool,
     /// How it ended, until that is reported.
@@ -287,6 +293,8 @@ impl State {
     fn count(&self) {
         let counts = Counts {
             active: self.pods.values().filter(|e| !e.ended).count(),
+            working: self.pods.values().filter(|e| !e.ended && e.works).count()
+                + self.held.iter().filter(|pod| work::is_work(pod)).count(),
             unreported: self.pods.values().filter(|e| e.ended && !e.reported).count(),
             refused: self.refused.values().filter(|refused| !refused.told).count(),
             tracked: self.pods.values().filter(|e| e.reported && is_tracked(&e.pod)).count(),
@@ -531,7 +539,8 @@ impl State {
             Gate::Open => {}
         }
         let load = Load::of(self.pods.values().filter(|e| !e.ended).map(|e| &e.pod));
-        let admitted = admission::admit(&pod, &self.facts.borrow(), &load);
+        let facts = self.node_now();
+        let admitted = admission::admit(&pod, &facts, &load);
         match admitted {
             Ok(()) => self.admitted(pod),
             Err(rejection) => self.refuse(pod, rejection),
@@ -570,6 +579,13 @@ impl State {
         self.placement.send_if_modified(|old| std::mem::replace(old, Arc::clone(&now)) != now);
     }
 
+    /// The Node as it is at this moment.
+    fn node_now(&self) -> NodeFacts {
+        let drain = *self.context.drain.borrow();
+        let time_left = drain.map(|drain| drain.duration_since(SystemTime::now()).unwrap_or_default());
+        NodeFacts { time_left, ..self.facts.borrow().clone() }
+    }
+
     fn start(&mut self, record: Record, start: Start) {
         let uid = record.uid().to_owned();
         let pod = record.pod.clone();
@@ -577,7 +593,8 @@ impl State {
         if let Some(until) = self.shutdown {
             let _ = commands.try_send(Command::Shutdown(until.saturating_duration_since(Instant::now())));
         }
-        self.pods.insert(uid, Entry { commands, pod, ended: false, reported: false, outcome: None });
+        let works = work::is_work(&pod);
+        self.pods.insert(uid, Entry { commands, pod, works, ended: false, reported: false, outcome: None });
     }
 
     /// Refuses a pod, the later the more of its owner's pods were refused.

@@ -3,7 +3,9 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Namespace, Options, Pilot, condition, container, pod_spec, seconds, wait_until};
+use crate::harness::{
+    Namespace, Options, Pilot, api, condition, container, job, pod_spec, seconds, wait_until,
+};
 
 /// Binds a pod of this spec to the pilot's Node as somebody who names the Node does, and waits until it is
 /// refused.
@@ -50,6 +52,42 @@ fn pods_that_do_not_fit_the_node_fail_with_kubelets_reasons() {
     // It takes what fits, as before.
     namespace.script_on(&pilot, "fits", "exit 0\n");
     namespace.wait_phase("fits", "Succeeded", seconds(30));
+}
+
+#[test]
+fn a_pod_that_may_run_longer_than_the_pilot_lives_is_refused_and_its_job_does_not_spin() {
+    let namespace = Namespace::new("walltime-out");
+    namespace.config_map("work", &[("run.sh", "exit 0\n")]);
+    let pilot = Pilot::local(Options::new("walltime-out"), 600);
+    let pod = refused(&namespace, &pilot, "long", json!({"activeDeadlineSeconds": 10_000}));
+    assert_eq!(pod["status"]["reason"], "OutOfWalltime", "{:#}", pod["status"]);
+    let message = pod["status"]["message"].as_str().unwrap();
+    assert!(message.contains("activeDeadlineSeconds: 10000,"), "{message}");
+    // Until the drain, a minute before the end, and not what a label of some time ago says.
+    let (_, rest) = message.split_once("pods are ended: ").unwrap();
+    let left: u64 = rest.split_once(" s;").unwrap().0.parse().unwrap();
+    assert!((450..=540).contains(&left), "{message}");
+
+    let limited = |seconds: u64| {
+        let mut spec = pod_spec("Never", &[container("c1", "work")]);
+        spec["activeDeadlineSeconds"] = json!(seconds);
+        spec
+    };
+    namespace.pod_on(&pilot, "fits", limited(left / 2));
+    namespace.wait_phase("fits", "Succeeded", seconds(30));
+
+    // It is no disruption, so it counts: whoever asks for too much is told so, and not tried for ever.
+    let mut work = job(&pilot, "work", 1, limited(10_000));
+    work["spec"]["podFailurePolicy"] =
+        json!({"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]});
+    let jobs = api::grouped("batch/v1", &namespace.name, "jobs");
+    jobs.create(&work);
+    wait_until("the Job has given up", seconds(90), || {
+        condition(&jobs.get("work").unwrap(), "Failed")["reason"] == "BackoffLimitExceeded"
+    });
+    let pods = namespace.of("pods").list("job-name=work");
+    assert_eq!(pods.len(), 2, "{pods:#?}");
+    assert!(pods.iter().all(|pod| pod["status"]["reason"] == "OutOfWalltime"), "{pods:#?}");
 }
 
 #[test]

@@ -177,6 +177,8 @@ fn leads_as_long_as_the_time_that_is_left_are_named_and_exit_1() {
     let options = Options::new("leads");
     let drain = ["--walltime=300", "--drain-before=5m"];
     refused(&options, &drain, 1, &["s are left", "--drain-before=300s", "walltime"]);
+    let stagger = ["--walltime=300", "--stagger=3m"];
+    refused(&options, &stagger, 1, &["s are left", "--stagger=180s", "walltime"]);
     let cordon = ["--walltime=300", "--cordon-before=10m"];
     refused(&options, &cordon, 1, &["s are left", "--cordon-before=600s", "walltime"]);
 }

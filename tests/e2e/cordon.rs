@@ -77,12 +77,13 @@ fn after_the_cordon_pods_are_rejected_while_those_that_run_go_on_and_taken_again
 }
 
 /// A policy by which nobody can cordon one Node. Gone at drop.
-struct NoCordon(String);
+pub struct NoCordon(String);
 
 const ADMISSION: &str = "admissionregistration.k8s.io/v1";
 
 impl NoCordon {
-    fn of(node: &str) -> Self {
+    /// Makes it, and waits until it holds.
+    pub fn of(node: &str) -> Self {
         let policy = Self(unique("no-cordon"));
         let name = &policy.0;
         api::cluster_grouped(ADMISSION, "validatingadmissionpolicies").create(&json!({

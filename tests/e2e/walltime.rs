@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use jiff::Timestamp;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -211,6 +212,39 @@ fn walltime_0_publishes_no_time_and_still_drains_before_slurms_limit() {
     let state = pilot.wait_job_over(seconds(40));
     assert_eq!((state.state(), state.field("ExitCode")), ("COMPLETED", "0:0"), "{}", pilot.output());
     assert_eq!(pilot.nodes(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_stagger_moves_the_drain_and_what_is_told_of_it_and_a_crash_does_not() {
+    let options = Options::new("stagger").arg("--stagger=10m").arg("--drain-before=60s");
+    let pilot = Pilot::local(options, 1800);
+    let moment = |name: &str| {
+        let node = pilot.nodes()[0].clone();
+        let text =
+            node["metadata"]["annotations"][name].as_str().unwrap_or_else(|| panic!("{name}")).to_owned();
+        text.parse::<Timestamp>().unwrap().as_second()
+    };
+    let (deadline, drain) = (moment("jiriaf.deadline"), drain_time(&pilot));
+    assert!((60..660).contains(&(deadline - drain)), "{} s", deadline - drain);
+    let said = pilot.output();
+    let said = said.lines().find(|line| line.contains("--stagger")).expect("it says so");
+    let (_, earlier) = said.split_once("seconds=").unwrap();
+    // The annotations hold whole seconds.
+    assert!(
+        (deadline - drain - 60 - earlier.parse::<i64>().unwrap()).abs() <= 1,
+        "{said}, {} s",
+        deadline - drain
+    );
+    let left = drain - Timestamp::now().as_second();
+    assert!(
+        pilot.alivetime().is_some_and(|alivetime| alivetime <= left),
+        "{left} s: {:?}",
+        pilot.alivetime()
+    );
+
+    kill(Pid::from_raw(pilot.stages("pilot")[0]), Signal::SIGKILL).unwrap();
+    wait_until("it has its Node again", seconds(30), || pilot.output().contains("adopted the Node"));
+    assert_eq!((moment("jiriaf.deadline"), drain_time(&pilot)), (deadline, drain));
 }
 
 /// When the Node says that its pods will be ended, in seconds since 1970.

@@ -99,7 +99,7 @@ fn time(args: &RunArgs, allocation: &Allocation, deadline: Option<&Deadline>, no
         (Some(deadline), _) => {
             let left = deadline.at.duration_since(now).unwrap_or(Duration::ZERO);
             let value = format!("{} left by {}", span(left), deadline.source);
-            match drain::suffices(left, args.cordon_before, args.drain_before) {
+            match drain::suffices(left, args.cordon_before, args.drain_before, args.stagger) {
                 Err(why) => Finding::fail("walltime", format!("{value}: {why}"), why.mend()),
                 Ok(()) => Finding::ok("walltime", value),
             }

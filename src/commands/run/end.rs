@@ -13,6 +13,7 @@ use super::setup::Pilot;
 use super::signals::{Signal, Signals};
 use crate::allocation::BatchSystem;
 use crate::drain::{self, SAFETY, Share};
+use crate::idle::Rest;
 use crate::node::Removal;
 use crate::pod::manager::{Counts, Gate};
 use crate::pod::outcome;
@@ -49,6 +50,8 @@ pub enum End {
     Interrupted,
     /// Another pilot has the Node: this one was out of reach for longer than its Lease holds.
     Taken,
+    /// Nobody has worked here for long enough, and the Node is cordoned.
+    Idle(Rest),
     /// After a crash: the API server takes this pilot or its Node no more.
     Refused,
 }
@@ -104,7 +107,7 @@ pub async fn end(pilot: Pilot, why: End, mut signals: Signals) -> ExitCode {
             },
         }
     };
-    report(&pilot, &done).await
+    report(&pilot, why, &done).await
 }
 
 /// The time from now until somebody kills us, as far as is known at once.
@@ -115,7 +118,7 @@ fn first_budget(why: End, deadline: Option<SystemTime>, now: SystemTime, kill_wa
         End::Deadline => left.filter(|left| *left > OVER).unwrap_or(kill_wait),
         // At the limit itself the deadline is over when the SIGTERM comes, and the kill wait is what is left.
         End::Terminated => kill_wait,
-        End::Interrupted | End::Taken | End::Refused => {
+        End::Interrupted | End::Taken | End::Idle(_) | End::Refused => {
             left.unwrap_or(INTERRUPT_BUDGET).min(INTERRUPT_BUDGET)
         }
     }
@@ -209,7 +212,7 @@ async fn finish(pilot: &Pilot, start: Instant, share: Share) -> Done {
     Done { running: now.active, unreported: now.unreported, refused: now.refused, node }
 }
 
-async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
+async fn report(pilot: &Pilot, why: End, done: &Done) -> ExitCode {
     if done.running == 0 {
         // What is left says something only of pods that did not end; `clean` takes care of those.
         let _ = std::fs::remove_dir_all(&pilot.state_dir);
@@ -218,6 +221,9 @@ async fn report(pilot: &Pilot, done: &Done) -> ExitCode {
     let table = outcome::table(&summary.outcomes);
     // Output that nobody takes (a full disk, a terminal that is gone) must not keep the pilot from its end.
     let mut output = std::io::stdout().lock();
+    if let End::Idle(rest) = why {
+        let _ = writeln!(output, "Ended early: {rest}. What is left of the allocation is given back.");
+    }
     let _ = if table.is_empty() { writeln!(output, "No pods ran.") } else { write!(output, "{table}") };
     if summary.forgotten > 0 {
         let kept = pilot.context.places.kept.display();

@@ -51,8 +51,9 @@ use crate::certificates::{BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
 use crate::container::Supervisors;
-use crate::drain::{self, Leads, TooLittle};
+use crate::drain::{self, Leads, Stagger, TooLittle};
 use crate::guardian::GuardianLink;
+use crate::idle::Idle;
 use crate::node::{NodeError, NodeHandle, Timing};
 use crate::pod::context::{Context, Places};
 use crate::pod::isolation::Isolation;
@@ -80,6 +81,8 @@ pub struct Pilot {
     pub kill_wait: Duration,
     /// Who sends them.
     pub batch: BatchSystem,
+    /// Since when nobody works, where that may end the pilot; and who writes what of it outlives a crash.
+    pub idle: Option<(Idle, watch::Sender<PilotState>)>,
     /// The guardian.
     pub link: Arc<GuardianLink>,
     /// This pilot's directory.
@@ -262,7 +265,7 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
     let left = first.as_ref().map(|d| d.at.duration_since(SystemTime::now()).unwrap_or_default());
     if let (Some(first), Some(left)) = (&first, left)
         && state.first_left.is_none()
-        && let Err(why) = drain::suffices(left, args.cordon_before, args.drain_before)
+        && let Err(why) = drain::suffices(left, args.cordon_before, args.drain_before, args.stagger)
     {
         return Err(SetupError::TooLate {
             left: left.as_secs(),
@@ -295,7 +298,15 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         args.cordon_before,
         args.drain_before,
     );
-    let (timing_tx, timing) = watch::channel(first.as_ref().map(|d| leads.timing(d.at)));
+    let stagger = Stagger::of(&name, args.stagger);
+    // From the first start, so that a crash moves nothing.
+    let known = first.as_ref().map(|d| stagger.timing(leads, d.at, state.first_start, None));
+    if let (Some(known), false) = (&known, args.stagger.is_zero()) {
+        let lead = known.deadline.duration_since(known.drain).unwrap_or_default();
+        let earlier = lead.saturating_sub(leads.drain).as_secs();
+        tracing::info!(seconds = earlier, "--stagger: this pilot drains earlier by its part of it");
+    }
+    let (timing_tx, timing) = watch::channel(known);
     let (drain_tx, drain) = watch::channel(timing.borrow().as_ref().map(|t| t.drain));
     let timing_tx = Arc::new(timing_tx);
     let (draining, draining_rx) = watch::channel(false);
@@ -306,7 +317,7 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         draining: draining_rx,
         kill_wait,
     };
-    tokio::spawn(follow_deadline(deadline.clone(), leads, followers));
+    tokio::spawn(follow_deadline(deadline.clone(), leads, stagger, followers));
     Ok(Begun {
         kube,
         allocation,

@@ -6,6 +6,9 @@ use k8s_openapi::api::core::v1::{NodeSelectorRequirement, NodeSelectorTerm, PodS
 
 use super::NodeFacts;
 
+/// The seconds that a node has left, as its label.
+const ALIVETIME: &str = "jiriaf.alivetime";
+
 /// Whether the pod wants a node like this (component-helpers `GetRequiredNodeAffinity`).
 pub(super) fn matches(spec: &PodSpec, node: &NodeFacts) -> bool {
     let selected =
@@ -27,13 +30,25 @@ fn holds(term: &NodeSelectorTerm, node: &NodeFacts) -> bool {
         return false;
     }
     let names = BTreeMap::from([("metadata.name".to_owned(), node.name.clone())]);
-    expressions.iter().all(|requirement| requirement_holds(requirement, &node.labels))
+    expressions
+        .iter()
+        .all(|requirement| lives_long(requirement, node) || requirement_holds(requirement, &node.labels))
         && fields.iter().all(|requirement| {
             // The API takes In and NotIn alone here, with one value.
             matches!(requirement.operator.as_str(), "In" | "NotIn")
                 && names.contains_key(&requirement.key)
                 && requirement_holds(requirement, &names)
         })
+}
+
+/// Whether the node lives longer than a requirement of its alivetime asks. The label that the scheduler went by may have been
+/// written anew while the pod was on its way, each time with less; what is really left is more than either.
+fn lives_long(requirement: &NodeSelectorRequirement, node: &NodeFacts) -> bool {
+    let (Some(left), Some([value])) = (node.time_left, requirement.values.as_deref()) else { return false };
+    requirement.key == ALIVETIME
+        && requirement.operator == "Gt"
+        && node.labels.contains_key(ALIVETIME)
+        && value.parse::<u64>().is_ok_and(|value| left.as_secs() > value)
 }
 
 /// One requirement (apimachinery `labels.Requirement.Matches`).

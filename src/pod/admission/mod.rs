@@ -10,6 +10,7 @@ mod load;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Taint, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -23,6 +24,9 @@ use super::quantity::{self, Amount};
 use super::security;
 use super::share::is_gpu;
 use super::status::{NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
+
+/// The reason of a pod that wants more time than its node has.
+const OUT_OF_WALLTIME: &str = "OutOfWalltime";
 
 /// What admission knows of the node.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +47,8 @@ pub struct NodeFacts {
     pub isolation: Isolation,
     /// Whether its memory runs short.
     pub memory_pressure: bool,
+    /// How long until the drain, as it is known now and not as a label has it, which may lag; none where no end is known.
+    pub time_left: Option<Duration>,
 }
 
 /// Why a pod is rejected. The status puts `Pod was rejected: ` before the message.
@@ -81,6 +87,7 @@ pub fn admit(pod: &Pod, node: &NodeFacts, running: &Load) -> Result<(), Rejectio
     supported(spec, node.isolation.choose(pod.metadata.annotations.as_ref()) == Choice::Isolated)?;
     isolation::check(pod, spec, &node.isolation)?;
     resources(spec, node, running)?;
+    walltime(spec, node)?;
     if !affinity::matches(spec, node) {
         return predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector");
     }
@@ -188,6 +195,25 @@ fn resources(spec: &PodSpec, node: &NodeFacts, running: &Load) -> Result<(), Rej
         }
     }
     Ok(())
+}
+
+/// Whether the pod's own limit ends it before the drain does. A kubelet knows of no end of its node, so the reason is ours,
+/// formed as its `OutOf…` are (pkg/kubelet/lifecycle/predicate.go).
+fn walltime(spec: &PodSpec, node: &NodeFacts) -> Result<(), Rejection> {
+    let (Some(wanted), Some(left)) = (spec.active_deadline_seconds, node.time_left) else { return Ok(()) };
+    // The API server takes none below 1 (ValidatePodSpec).
+    if Duration::from_secs(u64::try_from(wanted).unwrap_or(0)) <= left {
+        return Ok(());
+    }
+    rejected(
+        OUT_OF_WALLTIME,
+        format!(
+            "Node didn't have enough time: activeDeadlineSeconds: {wanted}, left until its pods are ended: {} s; set a smaller \
+             activeDeadlineSeconds, or require nodes that live longer (node affinity: jiriaf.alivetime Gt {})",
+            left.as_secs(),
+            wanted - 1
+        ),
+    )
 }
 
 fn insufficient(resource: &str, requested: i64, used: i64, capacity: i64) -> Result<(), Rejection> {

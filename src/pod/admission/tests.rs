@@ -34,6 +34,7 @@ fn node() -> NodeFacts {
         shutting_down: false,
         memory_pressure: false,
         isolation: Isolation::default(),
+        time_left: None,
     }
 }
 
@@ -195,6 +196,56 @@ fn affinity_follows_kubernetes() {
     let other = pod(json!({"nodeSelector": {"jiriaf.site": "elsewhere"}}));
     let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
     assert_rejected(&other, &node(), &Load::default(), "NodeAffinity", message);
+}
+
+#[test]
+fn a_pod_that_may_run_longer_than_the_node_lives_is_refused_with_both_numbers() {
+    let left = |millis| NodeFacts { time_left: Some(Duration::from_millis(millis)), ..node() };
+    let limited = |seconds: i64| pod(json!({"activeDeadlineSeconds": seconds}));
+    for (node, seconds, fits) in [
+        (left(100_000), 99, true),
+        (left(100_000), 100, true),
+        (left(99_999), 100, false),
+        (left(100_000), 101, false),
+        (left(100_000), i64::from(i32::MAX), false),
+        (left(0), 1, false),
+        // No end is known.
+        (node(), i64::from(i32::MAX), true),
+    ] {
+        let got = admit(&limited(seconds), &node, &Load::default());
+        assert_eq!(got.is_ok(), fits, "{:?} {seconds}: {got:?}", node.time_left);
+    }
+    // One that asks for no time is taken to the last second.
+    assert_eq!(admit(&pod(json!({})), &left(0), &Load::default()), Ok(()));
+    let message = "Node didn't have enough time: activeDeadlineSeconds: 3600, left until its pods are ended: 99 s; set a smaller \
+        activeDeadlineSeconds, or require nodes that live longer (node affinity: jiriaf.alivetime Gt 3599)";
+    assert_rejected(&limited(3600), &left(99_999), &Load::default(), "OutOfWalltime", message);
+}
+
+#[test]
+fn an_alivetime_that_was_written_anew_while_the_pod_was_on_its_way_does_not_turn_it_away() {
+    let wants = |operator: &str, value: &str| {
+        let terms = json!([{"matchExpressions": [{"key": "jiriaf.alivetime", "operator": operator, "values": [value]}]}]);
+        pod(json!({"affinity": {"nodeAffinity":
+            {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}}))
+    };
+    // The label says 100 by now; 150 s are really left.
+    let node = NodeFacts { time_left: Some(Duration::from_millis(150_900)), ..node() };
+    for (operator, value, fits) in [
+        ("Gt", "99", true),
+        ("Gt", "149", true),
+        ("Gt", "150", false),
+        ("Gt", "x", false),
+        ("Lt", "101", true),
+        ("In", "150", false),
+    ] {
+        let got = admit(&wants(operator, value), &node, &Load::default());
+        assert_eq!(got.is_ok(), fits, "{operator} {value}");
+    }
+    // Without the label the scheduler sends none.
+    let mut bare = node;
+    bare.labels.remove("jiriaf.alivetime");
+    assert!(admit(&wants("Gt", "10"), &bare, &Load::default()).is_err());
 }
 
 #[test]

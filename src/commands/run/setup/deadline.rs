@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::allocation::{Allocation, Deadline};
-use crate::drain::Leads;
+use crate::drain::{Leads, Stagger};
 use crate::guardian::GuardianLink;
 use crate::node::Timing;
 
@@ -51,13 +51,14 @@ pub(super) struct Followers {
 pub(super) async fn follow_deadline(
     mut deadline: watch::Receiver<Option<Deadline>>,
     leads: Leads,
+    stagger: Stagger,
     followers: Followers,
 ) {
     while deadline.changed().await.is_ok() {
         let now = deadline.borrow_and_update().clone();
-        let next = now.as_ref().map(|d| leads.timing(d.at));
-        let moved =
-            followers.timing.borrow().as_ref().map(|t| t.deadline) != next.as_ref().map(|t| t.deadline);
+        let before = *followers.timing.borrow();
+        let next = now.as_ref().map(|d| stagger.timing(leads, d.at, SystemTime::now(), before.as_ref()));
+        let moved = before.map(|t| t.deadline) != next.as_ref().map(|t| t.deadline);
         if !moved || *followers.draining.borrow() {
             continue;
         }

@@ -1,7 +1,7 @@
 //! A pilot, put together: at its Node, or after a crash without it.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
@@ -10,13 +10,14 @@ use super::deadline::rfc3339;
 use super::memory::{self, Memory};
 use super::node::{facts, follow, grant};
 use super::reach::{self, Entered, Way};
-use super::state::guardian_process;
+use super::state::{guardian_process, keep_state};
 use super::{Begun, Pilot, SetupError, sessions, tunnel};
 use crate::allocation::{self, BatchSystem};
 use crate::certificates;
 use crate::cli::{PodArgs, RunArgs};
 use crate::cluster;
 use crate::container::Session;
+use crate::idle::{Idle, Limits};
 use crate::node::NodeHandle;
 use crate::pilot_metrics::PilotMetrics;
 use crate::pod::admission::NodeFacts;
@@ -78,7 +79,11 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
         drain = known.map(|t| rfc3339(t.drain)),
         "Node registered; pods are taken until the cordon and ended at the drain"
     );
-    pilot(begun, Some(node), manager, context)
+    // Pods can come from now on.
+    let limits = Limits::new(args.idle_timeout, args.idle_timeout_first);
+    let idle = Idle::new(limits, begun.state.idle, SystemTime::now(), Instant::now());
+    let idle = idle.map(|idle| (idle, keep_state(&begun.state_dir, begun.state.clone())));
+    Pilot { idle, ..pilot(begun, Some(node), manager, context) }
 }
 
 /// Takes up the pods of before a crash to end them, while the API server is away: it is told of them should it come back.
@@ -175,6 +180,7 @@ fn pilot(begun: Begun, node: Option<Arc<NodeHandle>>, manager: Manager, context:
         draining: begun.draining,
         kill_wait: begun.kill_wait,
         batch: begun.allocation.batch,
+        idle: None,
         link: begun.link,
         state_dir: begun.state_dir,
         _holds: begun.holds,

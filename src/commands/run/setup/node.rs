@@ -201,6 +201,7 @@ pub(super) fn facts(config: &NodeConfig, args: &RunArgs, isolation: &Isolation) 
         shutting_down: false,
         memory_pressure: false,
         isolation: isolation.clone(),
+        time_left: None,
     }
 }
 

@@ -6,11 +6,14 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::SetupError;
 use super::places::place;
 use crate::container::Supervisors;
 use crate::files;
+use crate::idle::Kept;
+use crate::pod::context::on_disk;
 use crate::pod::directory::ProcessIdentity;
 use crate::pod::manager;
 use crate::pod::record::Records;
@@ -29,6 +32,9 @@ pub(in crate::commands) struct PilotState {
     pub(super) first_start: SystemTime,
     /// The time that was left at the first start, in seconds: the leads are a part of it.
     pub(super) first_left: Option<u64>,
+    /// Since when no pod ran, where somebody wants to know.
+    #[serde(default)]
+    pub(in crate::commands::run) idle: Kept,
 }
 
 pub(super) const PILOT_STATE_VERSION: u32 = 1;
@@ -43,6 +49,7 @@ pub(super) fn load_state(state_dir: &Path) -> Result<PilotState, SetupError> {
         guardian: Some(guardian_process()),
         first_start: SystemTime::now(),
         first_left: None,
+        idle: Kept::default(),
     };
     let restarted = restarted();
     match fs::read(&path) {
@@ -72,6 +79,21 @@ pub(super) fn save_state(state_dir: &Path, state: &PilotState) -> Result<(), Set
     bytes.and_then(|bytes| files::write_atomic(&path, &bytes, 0o600)).map_err(|error| {
         place("state directory", &path, &error, "make room there or choose another with --state-dir")
     })
+}
+
+/// Writes the state whenever it changes, the newest last. A disk that hangs holds up nothing but that.
+pub(super) fn keep_state(state_dir: &Path, state: PilotState) -> watch::Sender<PilotState> {
+    let state_dir = state_dir.to_owned();
+    let (changes, mut state) = watch::channel(state);
+    tokio::spawn(async move {
+        while state.changed().await.is_ok() {
+            let (now, dir) = (state.borrow_and_update().clone(), state_dir.clone());
+            if let Ok(Err(error)) = on_disk(move || save_state(&dir, &now)).await {
+                tracing::warn!(%error, "the pilot's state could not be written; after a crash its idle time begins anew");
+            }
+        }
+    });
+    changes
 }
 
 /// A name that no other pilot or pod has: the kernel makes one at each read.
