@@ -1,8 +1,9 @@
 //! The command line, in one place: every flag, its environment variable, its default, and the check of its value.
 //!
 //! Start at [`main`]. A bad value is named with its flag and what is wanted, exit code 2, before anything is done.
-//! [`values`] reads what stands for more than a text or a number.
+//! [`values`] reads what stands for more than a text or a number, [`config`] the file of `--config`.
 
+pub mod config;
 mod values;
 
 use std::ffi::OsString;
@@ -12,14 +13,15 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use self::config::Origins;
 pub use self::values::Taint;
 use self::values::{
     parse_address, parse_annotation, parse_back_off, parse_drain, parse_duration, parse_kill_wait,
-    parse_label, parse_lead, parse_namespace, parse_taint, parse_variable,
+    parse_label, parse_lead, parse_log, parse_namespace, parse_taint, parse_variable,
 };
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
-use crate::guardian::RESTARTED;
+use crate::guardian::{RESTARTED, SETTINGS};
 use crate::pod::expansion::Expand;
 use crate::pod::images::{self, Images};
 use crate::pod::isolation::Mode;
@@ -36,8 +38,12 @@ const QUIET: &str = "warn";
 struct Cli {
     /// What is logged: error, warn, info, debug, or per module as in tracing's filter syntax [default: info; for
     /// `play` and `check` warn].
-    #[arg(long, global = true, env = "JIRIAF_LOG")]
+    #[arg(long, global = true, env = "JIRIAF_LOG", value_parser = parse_log, value_name = "FILTER")]
     log: Option<String>,
+    /// Settings in TOML: a key for each flag of `run` that neither the command line nor the environment sets
+    /// (docs/examples/site.toml). Nobody but you and root may be able to write to it.
+    #[arg(long, global = true, env = "JIRIAF_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -62,6 +68,22 @@ enum Command {
     Check(Box<RunArgs>),
     /// Removes what dead pilots of this user left on disk.
     Clean(CleanArgs),
+    /// Prints a script that completes this program's flags, for a shell to read.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+}
+
+/// A shell that completes flags.
+#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
+enum Shell {
+    Bash,
+    Elvish,
+    Fish,
+    Powershell,
+    Zsh,
 }
 
 /// How `allocation` prints.
@@ -302,11 +324,11 @@ pub fn main() -> ExitCode {
         Some("try-namespaces") => return crate::container::isolation::try_namespaces(),
         _ => {}
     }
-    let cli = parse(args.clone());
+    let (cli, origins) = parse(&args);
     let log = cli.log.as_deref();
     match cli.command {
         // The guardian hands the same arguments to the pilot; parsing them here first makes a bad one cost nothing.
-        Command::Run(run) => commands::run::guard(&run, args),
+        Command::Run(run) => commands::run::guard(&run, args, &origins),
         Command::Pilot(run) => with_log(log.unwrap_or(NORMAL), || commands::run::pilot(*run)),
         Command::Play(play) => with_log(log.unwrap_or(QUIET), || commands::play::run(*play)),
         Command::Allocation(allocation) => with_log(log.unwrap_or(NORMAL), || {
@@ -316,23 +338,99 @@ pub fn main() -> ExitCode {
             };
             block_on(commands::allocation::run(allocation.output == Output::Json, walltime))
         }),
-        Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run)),
+        Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run, &origins)),
         Command::Clean(clean) => with_log(log.unwrap_or(NORMAL), || commands::clean::run(&clean)),
+        Command::Completions { shell } => completions(shell),
     }
 }
 
-/// Parses the command line. A variable that is set and empty counts as not set: start scripts export such.
-fn parse(args: Vec<OsString>) -> Cli {
+/// The command line as its users see it, without what is the program's own: what completions and man pages are made of.
+#[must_use]
+pub fn command() -> clap::Command {
+    let whole = Cli::command();
+    let shown = whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    clap::Command::new("jiriaf-pilot")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(whole.get_about().cloned().unwrap_or_default())
+        .args(whole.get_arguments().cloned())
+        .subcommands(shown)
+        .subcommand_required(true)
+}
+
+/// Parses the command line. A variable that is set and empty counts as not set: start scripts export such. A file's
+/// settings are put in the place of the defaults, once it is known which of them something goes before.
+fn parse(args: &[OsString]) -> (Cli, Origins) {
     let unset = |arg: clap::Arg| match arg.get_env() {
         Some(name) if std::env::var_os(name).is_some_and(|value| value.is_empty()) => {
             arg.env(None::<&'static str>)
         }
         _ => arg,
     };
-    let command = Cli::command().mut_args(unset).mut_subcommands(|command| command.mut_args(unset));
-    match Cli::from_arg_matches(&command.get_matches_from(args)) {
+    let mut command = Cli::command().mut_args(unset).mut_subcommands(|command| command.mut_args(unset));
+    // A pilot has what its guardian has read, also when it is started again: the file may be another one by then, or gone,
+    // and with another Node's name its pods would be lost.
+    if let Ok(held) = std::env::var(SETTINGS) {
+        command = config::take(command, "pilot", &held);
+    }
+    let matches = command.clone().get_matches_from(args);
+    let cli = from_matches(&matches);
+    let (Some((name, sub)), false) =
+        (matches.subcommand(), matches!(cli.command, Command::Pilot(_) | Command::Completions { .. }))
+    else {
+        return (cli, Origins::default());
+    };
+    let read = cli.config.as_ref().map(|file| config::read(file, &command)).transpose();
+    let file = match read {
+        Ok(file) => file,
+        Err(error) => {
+            for line in error.to_string().lines() {
+                eprintln!("error: {line}");
+            }
+            std::process::exit(2);
+        }
+    };
+    let (command, origins) = config::apply(command, file.as_ref(), name, sub);
+    if let (Some(file), false) = (&origins.file, origins.unused.is_empty()) {
+        let keys: Vec<_> = origins.unused.iter().map(|(key, line)| format!("{key} (line {line})")).collect();
+        eprintln!("note: `{name}` makes no use of these settings of {}: {}", file.display(), keys.join(", "));
+    }
+    let cli = if file.is_some() { from_matches(&command.get_matches_from(args)) } else { cli };
+    (cli, origins)
+}
+
+fn from_matches(matches: &clap::ArgMatches) -> Cli {
+    match Cli::from_arg_matches(matches) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
+    }
+}
+
+/// Prints the script by which a shell completes flags.
+fn completions(shell: Shell) -> ExitCode {
+    use clap_complete::{Generator as _, shells};
+    use std::io::Write as _;
+    let mut command = command();
+    command.set_bin_name("jiriaf-pilot");
+    command.build();
+    let mut script = Vec::new();
+    match shell {
+        Shell::Bash => shells::Bash.generate(&command, &mut script),
+        Shell::Elvish => shells::Elvish.generate(&command, &mut script),
+        Shell::Fish => shells::Fish.generate(&command, &mut script),
+        Shell::Powershell => shells::PowerShell.generate(&command, &mut script),
+        Shell::Zsh => shells::Zsh.generate(&command, &mut script),
+    }
+    if shell == Shell::Bash {
+        // clap_complete 4.6 has two names for what a program with a `-` in its name completes, and so completes nothing.
+        let text = String::from_utf8_lossy(&script).replace("jiriaf__subcmd__pilot", "jiriaf__pilot");
+        script = text.into_bytes();
+    }
+    match std::io::stdout().lock().write_all(&script) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(1)
+        }
     }
 }
 
