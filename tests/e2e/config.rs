@@ -52,9 +52,10 @@ fn a_pilot_has_the_files_settings_and_keeps_them_through_crashes_whatever_become
             pilot.stages("pilot").first().copied().filter(|second| *second != first)
         });
 
-        wait_until("it has its Node", seconds(30), || {
-            pilot.nodes().iter().any(|node| node["metadata"]["name"] == *name)
-        });
+        // Nobody else renews the Lease.
+        let renewed = || pilot.lease().map(|lease| lease["spec"]["renewTime"].clone());
+        let before = renewed();
+        wait_until("it has its Node", seconds(30), || renewed().is_some_and(|now| Some(now) != before));
     }
     fs::write(&go, "").unwrap();
     let pod = namespace.wait_phase("p", "Succeeded", seconds(30));
