@@ -1,8 +1,10 @@
 //! The command line, in one place: every flag, its environment variable, its default, and the check of its value.
 //!
 //! Start at [`main`]. A bad value is named with its flag and what is wanted, exit code 2, before anything is done.
-//! [`values`] reads what stands for more than a text or a number, [`config`] the file of `--config`.
+//! [`values`] reads what stands for more than a text or a number, [`config`] the file of `--config`;
+//! [`completions`] is for shells.
 
+mod completions;
 pub mod config;
 mod values;
 
@@ -13,6 +15,7 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use self::completions::Shell;
 use self::config::Origins;
 pub use self::values::Taint;
 use self::values::{
@@ -74,16 +77,6 @@ enum Command {
         #[arg(value_enum)]
         shell: Shell,
     },
-}
-
-/// A shell that completes flags.
-#[derive(Debug, Clone, Copy, ValueEnum, PartialEq, Eq)]
-enum Shell {
-    Bash,
-    Elvish,
-    Fish,
-    Powershell,
-    Zsh,
 }
 
 /// How `allocation` prints.
@@ -340,7 +333,7 @@ pub fn main() -> ExitCode {
         }),
         Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run, &origins)),
         Command::Clean(clean) => with_log(log.unwrap_or(NORMAL), || commands::clean::run(&clean)),
-        Command::Completions { shell } => completions(shell),
+        Command::Completions { shell } => completions::print(shell),
     }
 }
 
@@ -379,22 +372,8 @@ fn parse(args: &[OsString]) -> (Cli, Origins) {
     else {
         return (cli, Origins::default());
     };
-    let read = cli.config.as_ref().map(|file| config::read(file, &command)).transpose();
-    let file = match read {
-        Ok(file) => file,
-        Err(error) => {
-            for line in error.to_string().lines() {
-                eprintln!("error: {line}");
-            }
-            std::process::exit(2);
-        }
-    };
-    let (command, origins) = config::apply(command, file.as_ref(), name, sub);
-    if let (Some(file), false) = (&origins.file, origins.unused.is_empty()) {
-        let keys: Vec<_> = origins.unused.iter().map(|(key, line)| format!("{key} (line {line})")).collect();
-        eprintln!("note: `{name}` makes no use of these settings of {}: {}", file.display(), keys.join(", "));
-    }
-    let cli = if file.is_some() { from_matches(&command.get_matches_from(args)) } else { cli };
+    let (command, origins) = config::settle(command, cli.config.as_deref(), name, sub);
+    let cli = if cli.config.is_some() { from_matches(&command.get_matches_from(args)) } else { cli };
     (cli, origins)
 }
 
@@ -402,35 +381,6 @@ fn from_matches(matches: &clap::ArgMatches) -> Cli {
     match Cli::from_arg_matches(matches) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
-    }
-}
-
-/// Prints the script by which a shell completes flags.
-fn completions(shell: Shell) -> ExitCode {
-    use clap_complete::{Generator as _, shells};
-    use std::io::Write as _;
-    let mut command = command();
-    command.set_bin_name("jiriaf-pilot");
-    command.build();
-    let mut script = Vec::new();
-    match shell {
-        Shell::Bash => shells::Bash.generate(&command, &mut script),
-        Shell::Elvish => shells::Elvish.generate(&command, &mut script),
-        Shell::Fish => shells::Fish.generate(&command, &mut script),
-        Shell::Powershell => shells::PowerShell.generate(&command, &mut script),
-        Shell::Zsh => shells::Zsh.generate(&command, &mut script),
-    }
-    if shell == Shell::Bash {
-        // clap_complete 4.6 has two names for what a program with a `-` in its name completes, and so completes nothing.
-        let text = String::from_utf8_lossy(&script).replace("jiriaf__subcmd__pilot", "jiriaf__pilot");
-        script = text.into_bytes();
-    }
-    match std::io::stdout().lock().write_all(&script) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(1)
-        }
     }
 }
 

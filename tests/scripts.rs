@@ -150,7 +150,7 @@ fn what_qsub_pilot_cannot_submit_is_said_and_jobs_that_wait_keep_their_settings(
 
 /// A pilot that says what it was started as.
 const PILOT: &str = "echo \"pilot $* node=${PBS_NODENUM:-} site=${JIRIAF_SITE-unset} kubeconfig=${KUBECONFIG-unset} \
-                     pods=${JIRIAF_PODS_DIR-unset} lead=${JIRIAF_SIGNAL_LEAD-unset}\"\nexit \"${PBS_NODENUM:-0}\"";
+                     pods=${JIRIAF_PODS_DIR-unset} lead=${JIRIAF_SIGNAL_LEAD-unset}\"\nsleep \"0.${PBS_NODENUM:-0}\"\nexit \"${PBS_NODENUM:-0}\"";
 
 #[test]
 fn the_job_scripts_leave_to_the_file_and_the_defaults_what_nobody_has_set() {
@@ -196,7 +196,7 @@ fn each_job_of_a_slurm_chain_submits_the_next_with_the_same_options_until_none_a
     let said = desk.run(&chain, &options, &[("JIRIAF_LINKS", "2")]);
     assert_eq!((said.code, said.text.as_str()), (Some(0), "Submitted batch job 7\n"));
     let first = [&["--dependency=singleton"][..], &options, &[file, "--link", "2"], &options].concat();
-    assert_eq!(desk.calls("sbatch"), [first.clone()]);
+    assert_eq!(desk.calls("sbatch"), std::slice::from_ref(&first));
 
     // The job: its script gets what stands behind its file.
     let job = [("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", "1"), ("JIRIAF_LINKS", "2")];
@@ -230,7 +230,7 @@ fn pbs_tmrsh_starts_one_pilot_a_host_and_the_worst_exit_code_is_the_jobs() {
     desk.install("pbs_tmrsh", &fs::read_to_string(script("tests/pbs/pbs_tmrsh")).unwrap());
     let hosts = desk.root.path().join("hosts[1]");
     // A host is in the list as often as it has processes.
-    fs::write(&hosts, "b\nb\na\nb\nc\nc\n").unwrap();
+    fs::write(&hosts, "b\nb\nc\nb\nc\na\n").unwrap();
     let environment =
         [("PBS_NODEFILE", hosts.to_str().unwrap()), ("PBS_JOBID", "45[1].pbshost"), ("JIRIAF_SITE", "here")];
     let said = desk.run(
@@ -241,9 +241,10 @@ fn pbs_tmrsh_starts_one_pilot_a_host_and_the_worst_exit_code_is_the_jobs() {
     let mut lines: Vec<_> = said.text.lines().collect();
     lines.sort_unstable();
     let numbers: Vec<_> = lines.iter().filter_map(|line| line.split(' ').nth(2)).collect();
-    assert_eq!(numbers, ["node=0", "node=2", "node=4"], "{}", said.text);
+    assert_eq!(numbers, ["node=0", "node=2", "node=5"], "{}", said.text);
     assert!(lines.iter().all(|line| line.contains("site=here")), "{}", said.text);
-    assert_eq!(said.code, Some(4), "{}", said.text);
+    // That of the one that was started first and ends last.
+    assert_eq!(said.code, Some(5), "{}", said.text);
     let left = fs::read_dir(desk.root.path()).unwrap().flatten();
     assert!(left.into_iter().all(|entry| !entry.file_name().to_string_lossy().contains("env.")));
     let said =

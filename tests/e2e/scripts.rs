@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use serde_json::Value;
 
 use crate::harness::{
-    Namespace, Options, PbsJob, Pilot, container, pod_spec, seconds, slurm, unique, wait_until,
+    Namespace, Options, PbsJob, Pilot, container, pod_spec, seconds, slurm, unique, wait_for, wait_until,
 };
 
 /// Runs one pod on each Node of the pilots.
@@ -119,20 +119,22 @@ fn each_pilot_of_a_chain_submits_the_next_which_comes_when_it_is_gone() {
     let mut pilot =
         Pilot::submit_with(&options, &["--link", "2", "--exclusive", &format!("--job-name={name}")]);
     pilot.wait_ready(1);
+    // Each with its state, or why it waits.
     let queued = || {
-        let all = slurm(&["squeue", "-h", "-n", &name, "-o", "%A %t"]);
+        let all = slurm(&["squeue", "-h", "-n", &name, "-o", "%A %R"]);
         let lines = all.lines().filter_map(|line| line.trim().split_once(' '));
-        lines.map(|(id, state)| (id.to_owned(), state.to_owned())).collect::<Vec<_>>()
+        lines.map(|(id, why)| (id.to_owned(), why.to_owned())).collect::<Vec<_>>()
     };
-    let waiting: Vec<_> = queued().into_iter().filter(|(_, state)| state == "PD").collect();
-    let [(next, _)] = waiting.as_slice() else { panic!("one job was expected to wait: {:?}", queued()) };
+    let next = wait_for("the next one waits for this one alone", seconds(30), || {
+        queued().into_iter().find(|(_, why)| why == "(Dependency)").map(|(id, _)| id)
+    });
     let first = pilot.node.clone();
     pilot.scancel();
     wait_until("the next one has its Node", seconds(600), || {
         pilot.nodes().iter().any(|node| node["metadata"]["name"] != *first)
     });
     wait_until("the first one's is gone", seconds(40), || pilot.nodes().len() == 1);
-    assert_eq!(pilot.nodes()[0]["metadata"]["labels"]["jiriaf.jobid"], **next);
+    assert_eq!(pilot.nodes()[0]["metadata"]["labels"]["jiriaf.jobid"], *next);
     // It was the last.
     assert_eq!(queued().len(), 1, "{:?}", queued());
     one_pod_on_each(&namespace, &pilot);

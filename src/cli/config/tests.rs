@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::{ArgAction, CommandFactory, FromArgMatches};
+use proptest::strategy::Strategy as _;
 
 use super::*;
 use crate::cli::{Cli, Command as Sub, RunArgs};
@@ -177,6 +178,9 @@ fn what_the_flag_would_refuse_is_refused_with_its_line_and_what_is_wanted() {
         ("help = true\n", &["help is no setting"]),
         ("dry-run = true\n", &["dry-run is no setting"]),
         ("\"a b\" = 1\n", &["a b is no setting", "jiriaf-pilot run"]),
+        ("\"\" = 1\n", &["is no setting"]),
+        ("\"-h\" = 1\n", &["-h is no setting"]),
+        ("\"site=x\" = 1\n", &["site=x is no setting"]),
         // Paths.
         ("pods-dir = \"pods\"\n", &["pods-dir = \"pods\"", "from the root"]),
         ("pods-dir = \"$WORK/pods\"\n", &["pods-dir = \"$WORK/pods\"", "WORK is not set"]),
@@ -214,6 +218,29 @@ fn a_file_that_cannot_be_trusted_or_read_is_refused_by_its_name() {
     fs::remove_file(&path).unwrap();
     let error = read(&path, &root()).unwrap_err().to_string();
     assert!(error.contains("No such file") && error.starts_with("--config /"), "{error}");
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(300))]
+    #[test]
+    fn no_text_is_too_odd_to_be_judged(
+        parts in proptest::collection::vec(
+            proptest::prop_oneof![
+                proptest::sample::select(vec![
+                    "site", "labels", "port", "no-taint", "walltime", "pods-dir", " = ", "=", ".", "[", "]", "{", "}", ",",
+                    "\n", "\r\n", "\"", "\"\"\"", "'", "#", "\\", "$HOME", "~", "true", "1", "-7", "0x1f", "1979-05-27", "[[",
+                ])
+                .prop_map(str::to_owned),
+                ".{0,3}",
+            ],
+            0..40,
+        )
+    ) {
+        let text = parts.concat();
+        let lines = text.lines().count() + 1;
+        let (_, faults) = settings(&text, &root(), &variable);
+        proptest::prop_assert!(faults.iter().all(|(line, _)| (1..=lines).contains(line)), "{faults:?}");
+    }
 }
 
 /// The example with the `#` before each setting taken away.
