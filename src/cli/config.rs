@@ -176,6 +176,9 @@ fn settings(text: &str, root: &Command, variable: &dyn Fn(&str) -> Option<String
     let (mut settings, mut faults) = (Vec::<Setting>::new(), Faults::new());
     let mut judge = Judge::new(root);
     for entry in entries {
+        if faults.len() == document::MOST_FAULTS {
+            break;
+        }
         let line = entry.line;
         match judge.setting(entry, variable) {
             Ok(Some(setting)) => match settings.iter_mut().find(|other| other.id == setting.id) {

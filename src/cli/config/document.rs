@@ -11,6 +11,12 @@ use toml_parser::{Expected, ParseError, Source, Span};
 /// brackets from filling the stack.
 const DEPTH: u32 = 8;
 
+/// So many faults are told: somebody named the wrong file when there are more.
+pub(super) const MOST_FAULTS: usize = 20;
+
+/// So many settings are read: a table of labels may have many, and each is compared with all before it.
+const MOST_ENTRIES: usize = 1000;
+
 /// What a key is set to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Value {
@@ -49,7 +55,8 @@ pub(super) struct Fault {
 /// Reads a document.
 ///
 /// # Errors
-/// All that is wrong with it, at most one fault a line: what follows the first is often its consequence.
+/// What is wrong with it in the order of its lines, at most one fault a line: what follows the first is often its consequence.
+/// And at most [`MOST_FAULTS`].
 pub(super) fn read(text: &str) -> Result<Vec<Entry>, Vec<Fault>> {
     let source = Source::new(text);
     let tokens = source.lex().into_vec();
@@ -65,6 +72,10 @@ pub(super) fn read(text: &str) -> Result<Vec<Entry>, Vec<Fault>> {
     let mut faults = reader.faults;
     faults.extend(reader.errors.iter().map(|error| fault(text, error)));
     // A key that is set twice, or once whole and once in parts.
+    if let Some(entry) = reader.entries.get(MOST_ENTRIES) {
+        let problem = format!("at most {MOST_ENTRIES} settings are wanted");
+        return Err(vec![Fault { line: entry.line, problem }]);
+    }
     for (at, entry) in reader.entries.iter().enumerate() {
         let same = |other: &&Entry| {
             let shared = other.path.len().min(entry.path.len());
@@ -78,9 +89,20 @@ pub(super) fn read(text: &str) -> Result<Vec<Entry>, Vec<Fault>> {
     if faults.is_empty() {
         return Ok(reader.entries);
     }
-    faults.sort_by_key(|fault| fault.line);
-    faults.dedup_by_key(|fault| fault.line);
-    Err(faults)
+    Err(first_of_each_line(faults))
+}
+
+/// Takes out the lowest line again and again: a sort would be more of the binary, for what is hardly ever more than one.
+fn first_of_each_line(mut faults: Vec<Fault>) -> Vec<Fault> {
+    let mut first = Vec::new();
+    while first.len() < MOST_FAULTS
+        && let Some((at, _)) = faults.iter().enumerate().min_by_key(|(_, fault)| fault.line)
+    {
+        let fault = faults.remove(at);
+        faults.retain(|other| other.line != fault.line);
+        first.push(fault);
+    }
+    first
 }
 
 /// The line, counted from 1, in which a byte of the text is.
@@ -291,6 +313,10 @@ mod tests {
                 "{line} {words}: {faults:?}"
             );
         }
+        let many = read(&"x\n".repeat(100)).unwrap_err();
+        assert_eq!(many.iter().map(|fault| fault.line).collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
+        let most: String = (0..1001).map(|number| format!("a{number} = 1\n")).collect();
+        assert_eq!(read(&most).unwrap_err()[0].line, 1001);
         let two = read("a = \nb\nc = 1\nd = x y\n").unwrap_err();
         assert_eq!(two.iter().map(|fault| fault.line).collect::<Vec<_>>(), [1, 2, 4], "{two:?}");
     }
