@@ -17,18 +17,20 @@
 trap '' USR1
 
 # --- settings; what is already in the environment at submission holds ----------------------------------
-# The cluster to join, and what its users select the nodes by.
-export KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
-export JIRIAF_SITE=${JIRIAF_SITE:-${SLURM_CLUSTER_NAME:-slurm}}
+# A site's settings file (docs/examples/site.toml). What is set here goes before what stands in it.
+#export JIRIAF_CONFIG=${JIRIAF_CONFIG:-/etc/jiriaf/site.toml}
+# The cluster to join; unset: ~/.kube/config. What its users select the nodes by; unset: Slurm's cluster.
+#export KUBECONFIG=${KUBECONFIG:-$HOME/pilot.kubeconfig}
+#export JIRIAF_SITE=${JIRIAF_SITE:-mysite}
 # cpu or gpu; unset: found out on each node.
 #export JIRIAF_NODETYPE=cpu
 # The namespaces whose pods may run as you; unset: all.
 #export JIRIAF_NAMESPACES=my-team
 # Leave, and give the nodes back, when no pod has run for so long, or none has come; unset: never.
 #export JIRIAF_IDLE_TIMEOUT=15m JIRIAF_IDLE_TIMEOUT_FIRST=30m
-# Where pods have their directories, $HOME/p1 for a pod p1. Where $HOME is small, or read-only on compute
-# nodes, name the site's scratch, such as $SCRATCH or /scratch/$LOGNAME.
-export JIRIAF_PODS_DIR=${JIRIAF_PODS_DIR:-$HOME}
+# Where pods have their directories; unset: $HOME, $HOME/p1 for a pod p1. Where that is small, or read-only on
+# compute nodes, name the site's scratch, such as $SCRATCH or /scratch/$LOGNAME.
+#export JIRIAF_PODS_DIR=${JIRIAF_PODS_DIR:-/scratch/$LOGNAME}
 # The number in --signal above.
 export JIRIAF_SIGNAL_LEAD=${JIRIAF_SIGNAL_LEAD:-180}
 # The binary: a path that all nodes see, or a name in PATH.

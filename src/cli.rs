@@ -1,8 +1,11 @@
 //! The command line, in one place: every flag, its environment variable, its default, and the check of its value.
 //!
 //! Start at [`main`]. A bad value is named with its flag and what is wanted, exit code 2, before anything is done.
-//! [`values`] reads what stands for more than a text or a number.
+//! [`values`] reads what stands for more than a text or a number, [`config`] the file of `--config`;
+//! [`completions`] is for shells.
 
+mod completions;
+pub mod config;
 mod values;
 
 use std::ffi::OsString;
@@ -12,14 +15,16 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use self::completions::Shell;
+use self::config::Origins;
 pub use self::values::Taint;
 use self::values::{
     parse_address, parse_annotation, parse_back_off, parse_drain, parse_duration, parse_kill_wait,
-    parse_label, parse_lead, parse_namespace, parse_taint, parse_variable,
+    parse_label, parse_lead, parse_log, parse_namespace, parse_taint, parse_variable,
 };
 use crate::allocation::duration::{Walltime, parse_walltime};
 use crate::commands;
-use crate::guardian::RESTARTED;
+use crate::guardian::{RESTARTED, SETTINGS};
 use crate::pod::expansion::Expand;
 use crate::pod::images::{self, Images};
 use crate::pod::isolation::Mode;
@@ -36,8 +41,12 @@ const QUIET: &str = "warn";
 struct Cli {
     /// What is logged: error, warn, info, debug, or per module as in tracing's filter syntax [default: info; for
     /// `play` and `check` warn].
-    #[arg(long, global = true, env = "JIRIAF_LOG")]
+    #[arg(long, global = true, env = "JIRIAF_LOG", value_parser = parse_log, value_name = "FILTER")]
     log: Option<String>,
+    /// Settings in TOML: a key for each flag of `run` that neither the command line nor the environment sets
+    /// (docs/examples/site.toml). Nobody but you and root may be able to write to it.
+    #[arg(long, global = true, env = "JIRIAF_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -62,6 +71,12 @@ enum Command {
     Check(Box<RunArgs>),
     /// Removes what dead pilots of this user left on disk.
     Clean(CleanArgs),
+    /// Prints a script that completes this program's flags, for a shell to read.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
 }
 
 /// How `allocation` prints.
@@ -312,11 +327,11 @@ pub fn main() -> ExitCode {
         Some("try-namespaces") => return crate::container::isolation::try_namespaces(),
         _ => {}
     }
-    let cli = parse(args.clone());
+    let (cli, origins) = parse(&args);
     let log = cli.log.as_deref();
     match cli.command {
         // The guardian hands the same arguments to the pilot; parsing them here first makes a bad one cost nothing.
-        Command::Run(run) => commands::run::guard(&run, args),
+        Command::Run(run) => commands::run::guard(&run, args, &origins),
         Command::Pilot(run) => with_log(log.unwrap_or(NORMAL), || commands::run::pilot(*run)),
         Command::Play(play) => with_log(log.unwrap_or(QUIET), || commands::play::run(*play)),
         Command::Allocation(allocation) => with_log(log.unwrap_or(NORMAL), || {
@@ -326,21 +341,54 @@ pub fn main() -> ExitCode {
             };
             block_on(commands::allocation::run(allocation.output == Output::Json, walltime))
         }),
-        Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run)),
+        Command::Check(run) => with_log(log.unwrap_or(QUIET), || commands::check::run(*run, &origins)),
         Command::Clean(clean) => with_log(log.unwrap_or(NORMAL), || commands::clean::run(&clean)),
+        Command::Completions { shell } => completions::print(shell),
     }
 }
 
-/// Parses the command line. A variable that is set and empty counts as not set: start scripts export such.
-fn parse(args: Vec<OsString>) -> Cli {
+/// The command line as its users see it, without what is the program's own: what completions and man pages are made of.
+#[must_use]
+pub fn command() -> clap::Command {
+    let whole = Cli::command();
+    let shown = whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    clap::Command::new("jiriaf-pilot")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(whole.get_about().cloned().unwrap_or_default())
+        .args(whole.get_arguments().cloned())
+        .subcommands(shown)
+        .subcommand_required(true)
+}
+
+/// Parses the command line. A variable that is set and empty counts as not set: start scripts export such. A file's
+/// settings are put in the place of the defaults, once it is known which of them something goes before.
+fn parse(args: &[OsString]) -> (Cli, Origins) {
     let unset = |arg: clap::Arg| match arg.get_env() {
         Some(name) if std::env::var_os(name).is_some_and(|value| value.is_empty()) => {
             arg.env(None::<&'static str>)
         }
         _ => arg,
     };
-    let command = Cli::command().mut_args(unset).mut_subcommands(|command| command.mut_args(unset));
-    match Cli::from_arg_matches(&command.get_matches_from(args)) {
+    let mut command = Cli::command().mut_args(unset).mut_subcommands(|command| command.mut_args(unset));
+    // A pilot has what its guardian has read, also when it is started again: the file may be another one by then, or gone,
+    // and with another Node's name its pods would be lost.
+    if let Ok(held) = std::env::var(SETTINGS) {
+        command = config::take(command, "pilot", &held);
+    }
+    let matches = command.clone().get_matches_from(args);
+    let cli = from_matches(&matches);
+    let (Some((name, sub)), false) =
+        (matches.subcommand(), matches!(cli.command, Command::Pilot(_) | Command::Completions { .. }))
+    else {
+        return (cli, Origins::default());
+    };
+    let (command, origins) = config::settle(command, cli.config.as_deref(), name, sub);
+    let cli = if cli.config.is_some() { from_matches(&command.get_matches_from(args)) } else { cli };
+    (cli, origins)
+}
+
+fn from_matches(matches: &clap::ArgMatches) -> Cli {
+    match Cli::from_arg_matches(matches) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     }

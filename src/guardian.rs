@@ -65,6 +65,9 @@ pub const RESTARTED: &str = "JIRIAF_RESTARTED";
 /// system's kill wait counts from there.
 pub const ASKED: &str = "JIRIAF_ASKED_TO_END";
 
+/// Hands the pilot what the guardian has read of the file of `--config`, at each start the same.
+pub const SETTINGS: &str = "JIRIAF_CONFIG_SETTINGS";
+
 /// What the pilot tells its guardian.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Word {
@@ -128,16 +131,20 @@ macro_rules! say {
     }};
 }
 
-/// Runs the pilot with these arguments until it ends for good.
+/// Runs the pilot with these arguments and these settings of a file until it ends for good.
 #[must_use]
-pub fn run(arguments: Vec<OsString>) -> ExitCode {
-    guard(Path::new("/proc/self/exe"), &arguments)
+pub fn run(arguments: Vec<OsString>, settings: Option<String>) -> ExitCode {
+    keep(Path::new("/proc/self/exe"), &arguments, settings)
 }
 
 /// As [`run`], with another program than this one: for tests.
 #[must_use]
 pub fn guard(program: &Path, arguments: &[OsString]) -> ExitCode {
-    match Guardian::begin().and_then(|mut guardian| guardian.guard(program, arguments)) {
+    keep(program, arguments, None)
+}
+
+fn keep(program: &Path, arguments: &[OsString], settings: Option<String>) -> ExitCode {
+    match Guardian::begin(settings).and_then(|mut guardian| guardian.guard(program, arguments)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             say!("error: the guardian cannot go on: {error}");
@@ -155,6 +162,8 @@ struct Guardian {
     pending: Vec<i32>,
     /// The first signal that asks for the end, and when it came.
     asked: Option<(i32, SystemTime)>,
+    /// For [`SETTINGS`].
+    settings: Option<String>,
 }
 
 struct Pilot {
@@ -180,7 +189,7 @@ const FORWARDED: [Signal; 5] =
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
 impl Guardian {
-    fn begin() -> io::Result<Self> {
+    fn begin(settings: Option<String>) -> io::Result<Self> {
         nix::sys::prctl::set_dumpable(false)?;
         nix::sys::prctl::set_child_subreaper(true)?;
         let (wake, write) = UnixStream::pair()?;
@@ -196,6 +205,7 @@ impl Guardian {
             crashes: Vec::new(),
             pending: Vec::new(),
             asked: None,
+            settings,
         })
     }
 
@@ -252,7 +262,8 @@ impl Guardian {
     fn start(&self, program: &Path, arguments: &[OsString], restarts: u32) -> io::Result<Pilot> {
         let mut again = if restarts == 0 { 0 } else { START_TRIES };
         loop {
-            match start(program, arguments, restarts, self.asked.map(|(_, at)| at)) {
+            match start(program, arguments, restarts, self.asked.map(|(_, at)| at), self.settings.as_deref())
+            {
                 Err(_) if again > 0 => std::thread::sleep(START_PAUSE),
                 done => return done,
             }
@@ -413,6 +424,7 @@ fn start(
     arguments: &[OsString],
     restarts: u32,
     asked: Option<SystemTime>,
+    settings: Option<&str>,
 ) -> io::Result<Pilot> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
@@ -427,6 +439,10 @@ fn start(
     match asked.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
         Some(at) => command.env(ASKED, at.as_millis().to_string()),
         None => command.env_remove(ASKED),
+    };
+    match settings {
+        Some(settings) => command.env(SETTINGS, settings),
+        None => command.env_remove(SETTINGS),
     };
     let child = command.spawn()?;
     Ok(Pilot {

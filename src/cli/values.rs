@@ -51,6 +51,14 @@ pub(super) enum ValueError {
     Label(#[from] LabelError),
 }
 
+/// `--log`.
+pub(super) fn parse_log(text: &str) -> Result<String, String> {
+    match text.parse::<tracing_subscriber::filter::Targets>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(format!("{error}; wanted: error, warn, info or debug")),
+    }
+}
+
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     match parse_walltime(text) {
         Ok(Walltime::Limit(duration)) => Ok(duration),

@@ -23,11 +23,12 @@ use super::run::setup;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, DetectSettings, Environment, TrackerSettings, first_deadline};
 use crate::cli::RunArgs;
+use crate::cli::config::{Origin, Origins, Place};
 use crate::cluster::Kube;
 
 /// Prints what was found; the exit code is 0 when nothing is in the way of a pilot, else 1.
 #[must_use]
-pub fn run(args: RunArgs) -> ExitCode {
+pub fn run(args: RunArgs, origins: &Origins) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -35,20 +36,24 @@ pub fn run(args: RunArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let findings = runtime.block_on(look(&args));
+    let findings = runtime.block_on(look(&args, origins));
     // A file system or a credential program that hangs may hold a blocking thread for ever.
     runtime.shutdown_background();
     let printed = std::io::stdout().lock().write_all(render(&findings).as_bytes());
     if printed.is_ok() && passes(&findings) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn look(args: &RunArgs) -> Vec<Finding> {
+async fn look(args: &RunArgs, origins: &Origins) -> Vec<Finding> {
     let env = Environment::from_process();
     let now = SystemTime::now();
     let mut findings = vec![match setup::check_settings(args) {
         Ok(()) => Finding::ok("settings", format!("jiriaf-pilot {}", env!("CARGO_PKG_VERSION"))),
-        Err(error) => Finding::fail("settings", error.to_string(), ""),
+        Err(error) => {
+            let error = error.to_string();
+            Finding::fail("settings", format!("{error}{}", origins.note(&error)), "")
+        }
     }];
+    findings.extend(origins.settings.iter().map(|origin| setting(origin, origins)));
 
     let granted =
         allocation::detect(&env, &DetectSettings { ask_always: true, ..DetectSettings::new(now) }).await;
@@ -107,6 +112,18 @@ async fn look(args: &RunArgs) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// What a setting is, and where that is said.
+fn setting(origin: &Origin, origins: &Origins) -> Finding {
+    let file = origins.file.as_deref().unwrap_or_else(|| std::path::Path::new("")).display();
+    let place = match &origin.place {
+        Place::CommandLine => "the command line".to_owned(),
+        Place::Variable(name) => name.clone(),
+        Place::Line(line) => format!("{file}, line {line}"),
+    };
+    let over = origin.over.map(|line| format!(", over {file}, line {line}")).unwrap_or_default();
+    Finding::ok("setting", format!("{} = {} ({place}{over})", origin.flag, origin.value))
 }
 
 /// A time span for people: whole seconds, and no more than the two largest units.

@@ -19,6 +19,7 @@ use self::setup::{Begun, Pilot, SetupError, Way};
 use self::signals::{Signal, Signals};
 use crate::allocation::TrackerHandle;
 use crate::cli::RunArgs;
+use crate::cli::config::Origins;
 use crate::drain::{self, Phase};
 use crate::guardian::{self, GuardianLink};
 use crate::idle::Look;
@@ -35,21 +36,25 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// milliseconds, and then the Node goes too. It is a part of the kill wait, of which PBS gives 8 s.
 const LAST_TRY: Duration = Duration::from_secs(2);
 
-/// Starts the guardian, which starts the pilot with the same arguments.
+/// Starts the guardian, which starts the pilot with the same arguments, and with what `--config`'s file said now: what the
+/// file says later is for later pilots, since one that is started again after a crash has to find its Node and its pods.
 #[must_use]
-pub fn guard(args: &RunArgs, command_line: Vec<OsString>) -> ExitCode {
+pub fn guard(args: &RunArgs, command_line: Vec<OsString>, origins: &Origins) -> ExitCode {
     if let Err(error) = setup::check_settings(args) {
-        eprintln!("error: {error}");
+        let error = error.to_string();
+        eprintln!("error: {error}{}", origins.note(&error));
         return ExitCode::from(2);
     }
-    guardian::run(pilot_arguments(command_line))
+    guardian::run(pilot_arguments(command_line), origins.handed())
 }
 
 /// The pilot's arguments: those of `run`, with the subcommand's name replaced.
 fn pilot_arguments(command_line: Vec<OsString>) -> Vec<OsString> {
     let mut args: Vec<OsString> = command_line.into_iter().skip(1).collect();
-    if let Some(command) = args.iter_mut().find(|arg| *arg == "run") {
-        *command = OsString::from("pilot");
+    // A file may be named as the subcommand is.
+    let is_value = |at: usize| at > 0 && (args[at - 1] == "--log" || args[at - 1] == "--config");
+    if let Some(at) = (0..args.len()).find(|at| args[*at] == "run" && !is_value(*at)) {
+        args[at] = OsString::from("pilot");
     }
     args
 }
@@ -323,6 +328,8 @@ mod tests {
         let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
         let got = pilot_arguments(words("jiriaf-pilot --log debug run --site run"));
         assert_eq!(got, words("--log debug pilot --site run"));
+        let got = pilot_arguments(words("jiriaf-pilot --config run run"));
+        assert_eq!(got, words("--config run pilot"));
     }
 
     #[tokio::test]

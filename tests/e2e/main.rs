@@ -10,6 +10,7 @@ mod admission;
 mod bad_input;
 mod certificates;
 mod check;
+mod config;
 mod containers;
 mod containers_again;
 mod cordon;

@@ -6,7 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::Value;
 
-use crate::harness::{Namespace, Options, PbsJob, Pilot, container, pod_spec, seconds};
+use crate::harness::{
+    Namespace, Options, PbsJob, Pilot, container, pod_spec, seconds, slurm, unique, wait_for, wait_until,
+};
 
 /// Runs one pod on each Node of the pilots.
 #[track_caller]
@@ -54,20 +56,92 @@ fn pbs_pilot_runs_pods_until_a_sigterm_and_knows_its_walltime_from_qstat() {
     assert_eq!(pilot.nodes(), Vec::<serde_json::Value>::new());
 }
 
-#[test]
-fn pbs_pilot_starts_one_pilot_a_host_by_pbsdsh_and_waits_for_all_of_them() {
-    let namespace = Namespace::new("pbsdsh");
+/// One pilot on each of two hosts, by what JIRIAF_LAUNCH names; the exit code that the script has in the end.
+fn pilots_of_two_hosts(label: &'static str, launch: &str) -> Option<i32> {
+    let namespace = Namespace::new(label);
     let job = PbsJob::new(2, "00:05:00");
-    let mut pilot = Pilot::pbs(Options { nodes: 2, ..Options::new("pbsdsh") }, &job);
+    let options = Options { nodes: 2, ..Options::new(label) }.env("JIRIAF_LAUNCH", launch);
+    let mut pilot = Pilot::pbs(options, &job);
     assert_eq!(pilot.nodes().len(), 2);
     one_pod_on_each(&namespace, &pilot);
     pilot.qdel();
-    pilot.wait_exit(seconds(20));
+    let code = pilot.wait_exit(seconds(20));
     assert_eq!(pilot.nodes(), Vec::<serde_json::Value>::new());
     assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
     let left = std::fs::read_dir(&pilot.home).unwrap().flatten().map(|entry| entry.file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with(".jiriaf-pilot-env")).collect();
     assert!(left.is_empty(), "{left:?}");
+    code
+}
+
+#[test]
+fn pbs_pilot_starts_one_pilot_a_host_by_pbsdsh_and_waits_for_all_of_them() {
+    pilots_of_two_hosts("pbsdsh", "pbsdsh");
+}
+
+#[test]
+fn pbs_pilot_starts_one_pilot_a_host_by_pbs_tmrsh_and_exits_as_they_do() {
+    assert_eq!(pilots_of_two_hosts("tmrsh", "pbs_tmrsh"), Some(0));
+}
+
+#[test]
+fn an_array_of_pilots_is_a_node_for_each_task_and_one_scancel_ends_all() {
+    const TASKS: usize = 3;
+    let namespace = Namespace::new("array");
+    let options = Options::new("array").arg(&format!("--array=1-{TASKS}"));
+    let mut pilot = Pilot::submit(&options);
+    // Other tests may hold the nodes for some minutes.
+    wait_until("each task has its Node", seconds(600), || pilot.nodes().len() == TASKS);
+    pilot.wait_ready(TASKS);
+    let ids: BTreeSet<String> = pilot
+        .nodes()
+        .iter()
+        .map(|node| node["metadata"]["labels"]["jiriaf.jobid"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(ids.len(), TASKS, "{ids:?}");
+    one_pod_on_each(&namespace, &pilot);
+    pilot.scancel();
+    wait_until("all are gone", seconds(40), || pilot.nodes().is_empty());
+    assert_eq!(pilot.processes(), Vec::<(i32, String)>::new());
+}
+
+#[test]
+fn each_pilot_of_a_chain_submits_the_next_which_comes_when_it_is_gone() {
+    let namespace = Namespace::new("chain");
+    // As if it had been run by hand: the rest is the job's own.
+    let options = Options { script: "slurm/pilot-chain.sh", ..Options::new("chain") };
+    let name = unique("chain");
+    let options = options
+        .env("JIRIAF_LINKS", "2")
+        .env("JIRIAF_PAUSE", "1")
+        .arg("--dependency=singleton")
+        .arg(&format!("--job-name={name}"));
+    let mut pilot =
+        Pilot::submit_with(&options, &["--link", "2", "--exclusive", &format!("--job-name={name}")]);
+    pilot.wait_ready(1);
+    // Each with its state, or why it waits.
+    let queued = || {
+        let all = slurm(&["squeue", "-h", "-n", &name, "-o", "%A %R"]);
+        let lines = all.lines().filter_map(|line| line.trim().split_once(' '));
+        lines.map(|(id, why)| (id.to_owned(), why.to_owned())).collect::<Vec<_>>()
+    };
+    let next = wait_for("the next one waits for this one alone", seconds(30), || {
+        queued().into_iter().find(|(_, why)| why == "(Dependency)").map(|(id, _)| id)
+    });
+    let first = pilot.node.clone();
+    pilot.scancel();
+    wait_until("the next one has its Node", seconds(600), || {
+        pilot.nodes().iter().any(|node| node["metadata"]["name"] != *first)
+    });
+    wait_until("the first one's is gone", seconds(40), || pilot.nodes().len() == 1);
+    assert_eq!(pilot.nodes()[0]["metadata"]["labels"]["jiriaf.jobid"], *next);
+    // It was the last.
+    assert_eq!(queued().len(), 1, "{:?}", queued());
+    one_pod_on_each(&namespace, &pilot);
+    pilot.job = Some(next.parse().unwrap());
+    pilot.scancel();
+    pilot.wait_job_over(seconds(40));
+    assert_eq!(pilot.nodes(), Vec::<serde_json::Value>::new());
 }
 
 #[test]

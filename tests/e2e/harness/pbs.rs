@@ -32,7 +32,7 @@ impl PbsJob {
         // qstat, as alice, writes its calls here.
         let alice = User::from_name(ALICE).unwrap().expect("tests/slurm/up makes the user");
         chown(&directory, Some(alice.uid.as_raw()), Some(alice.gid.as_raw())).unwrap();
-        for program in ["qstat", "pbsdsh", "pbs_attach"] {
+        for program in ["qstat", "pbsdsh", "pbs_attach", "pbs_tmrsh"] {
             let copy = directory.join(program);
             std::fs::copy(bed().script("stand-ins").join(program), &copy).unwrap();
             std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -128,11 +128,12 @@ impl Drop for PbsJob {
 }
 
 /// As PBS does at qdel and at the walltime: SIGTERM to every process of the job's session, the deepest first,
-/// and to those of the sessions of pbsdsh's tasks.
+/// and to those of the sessions of the tasks of pbsdsh and pbs_tmrsh.
 pub fn terminate(session: i32) {
     let places = places();
+    let starts_tasks = |name: &str| matches!(name, "pbsdsh" | "pbs_tmrsh");
     let is_pbsdsh = |pid: i32| {
-        places.iter().any(|place| place.pid == pid && place.session == session && place.name == "pbsdsh")
+        places.iter().any(|place| place.pid == pid && place.session == session && starts_tasks(&place.name))
     };
     let mut sessions = vec![session];
     sessions.extend(places.iter().filter(|place| is_pbsdsh(place.parent)).map(|place| place.session));

@@ -112,6 +112,12 @@ impl Pilot {
     /// Submits a pilot, and waits until its job has started, or ended already.
     #[track_caller]
     pub fn submit(options: &Options) -> Self {
+        Self::submit_with(options, &[])
+    }
+
+    /// As [`Pilot::submit`], with arguments for the script.
+    #[track_caller]
+    pub fn submit_with(options: &Options, arguments: &[&str]) -> Self {
         let (mut pilot, environment) = Self::prepare(options);
         let mut command = as_user(ALICE, "sbatch");
         command
@@ -125,6 +131,7 @@ impl Pilot {
             .arg(format!("--output={}", pilot.output_file().display()))
             .args(&options.arguments)
             .arg(bed().script(options.script))
+            .args(arguments)
             .envs(environment);
         pilot.started_as_job(&run_until_accepted(&mut command));
         pilot
