@@ -5,9 +5,12 @@
 
 mod closing;
 mod lost;
+mod outcomes;
 mod refusals;
+mod shares;
 #[cfg(test)]
 mod tests;
+mod turned_away;
 mod work;
 
 use std::collections::{HashMap, VecDeque};
@@ -17,21 +20,20 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt as _;
 use futures::future::{BoxFuture, join_all};
 use futures::stream::FuturesUnordered;
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use self::refusals::Owners;
+pub use self::shares::shares;
 use super::admission::{self, Load, NodeFacts, Rejection};
-use super::context::{Context, Shares, on_disk};
-use super::events::{ENDED, Kind};
-use super::outcome::{Outcome, REMEMBERED};
+use super::context::Context;
+use super::outcome::Outcome;
 use super::record::Record;
-use super::share::{Grant, Ledger, Placement, Processor};
+use super::share::{Ledger, Placement, Processor};
 use super::source::PodEvent;
-use super::status::{self, ContainerRuntime, Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED, StatusInput};
+use super::status::{Ending, NODE_SHUTDOWN, NODE_SHUTDOWN_REJECTED};
 use super::worker::{self, Command, Note, Start};
 use crate::container::{ContainerId, Supervisor};
 
@@ -43,9 +45,6 @@ const NOTES: usize = 256;
 
 /// Pods that wait while the cordon is being acknowledged. The scheduler binds some hundred a second at most.
 const HELD: usize = 1000;
-
-/// Outcomes whose files may be under way at once; more wait only for a file system that hangs.
-const WRITES: usize = REMEMBERED;
 
 /// How long the last summary waits for the files of outcomes: the process ends right after it.
 const WRITES_LIMIT: Duration = Duration::from_millis(500);
@@ -72,7 +71,7 @@ enum Request {
 /// What has become of the pods so far.
 #[derive(Debug, Clone, Default)]
 pub struct Summary {
-    /// The outcomes, oldest first; at most [`REMEMBERED`].
+    /// The outcomes, oldest first; at most [`crate::pod::outcome::REMEMBERED`].
     pub outcomes: Vec<Outcome>,
     /// Outcomes that are not among them any more.
     pub forgotten: u64,
@@ -169,15 +168,6 @@ pub struct Setup {
     pub ledger: Ledger,
     /// Where it is told who runs where.
     pub placement: watch::Sender<Arc<Placement>>,
-}
-
-/// A ledger of a grant, where it is told who runs where, and what all pods know of it.
-#[must_use]
-pub fn shares(grant: Grant) -> (Ledger, watch::Sender<Arc<Placement>>, Shares) {
-    let devices = grant.devices.clone();
-    let ledger = Ledger::new(grant);
-    let (placement_tx, placement) = watch::channel(Arc::new(ledger.placement()));
-    (ledger, placement_tx, Shares { placement, devices })
 }
 
 /// Starts the manager.
@@ -414,53 +404,6 @@ impl State {
         }
     }
 
-    fn ended_event(&self, pod: &Pod, outcome: &Outcome) {
-        let kind = if outcome.phase == "Succeeded" { Kind::Normal } else { Kind::Warning };
-        self.context.events.record(pod, None, kind, ENDED, &outcome.summary());
-    }
-
-    fn remember(&mut self, outcome: Outcome) {
-        tracing::info!(
-            namespace = outcome.namespace,
-            pod = outcome.name,
-            reported = outcome.reported,
-            "pod ended: {}",
-            outcome.summary()
-        );
-        self.keep(&outcome);
-        if self.outcomes.len() >= REMEMBERED {
-            self.outcomes.pop_front();
-            self.forgotten += 1;
-        }
-        self.outcomes.push_back(outcome);
-    }
-
-    /// Writes an outcome beside the kept logs.
-    fn keep(&mut self, outcome: &Outcome) {
-        let kept = self.context.places.kept.clone();
-        let file = outcome.clone();
-        self.writes.retain(|_, write| !write.is_finished());
-        if self.writes.len() >= WRITES && !self.writes.contains_key(&outcome.uid) {
-            tracing::warn!(pod = file.name, path = %kept.display(), "the pod's outcome is not kept as a file: too many wait to be written");
-            return;
-        }
-        let before = self.writes.remove(&outcome.uid);
-        // A hung home directory must not stop the manager; a file that cannot be written is said once, in the log.
-        let write = tokio::spawn(async move {
-            // The newer one of the same pod must come last.
-            if let Some(before) = before {
-                let _ = before.await;
-            }
-            let written = on_disk(move || {
-                if let Err(error) = file.keep(&kept) {
-                    tracing::warn!(pod = file.name, path = %kept.display(), %error, "the pod's outcome could not be kept as a file");
-                }
-            });
-            let _ = written.await;
-        });
-        self.writes.insert(outcome.uid.clone(), write);
-    }
-
     async fn on_pod(&mut self, event: PodEvent) {
         match event {
             PodEvent::Applied(pod) => {
@@ -547,38 +490,6 @@ impl State {
         }
     }
 
-    /// A pod that may run: it gets its share, and starts.
-    fn admitted(&mut self, pod: Pod) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
-        let share = match self.ledger.take(&uid, &pod) {
-            Ok(share) => share,
-            Err(shortage) => {
-                // What a kubelet says when its CPU or device manager finds less than admission counted.
-                let message = format!("Allocate failed due to {shortage}, which is unexpected");
-                return self
-                    .refuse(pod, Rejection { reason: "UnexpectedAdmissionError".to_owned(), message });
-            }
-        };
-        if !share.containers.is_empty() {
-            self.place();
-        }
-        tracing::info!(namespace = pod.metadata.namespace, pod = pod.metadata.name, uid, "pod admitted");
-        self.start(Record { share, ..Record::new(pod, Timestamp::now()) }, Start::Fresh);
-    }
-
-    /// A pod has ended, or is gone: what it had is free.
-    fn release(&mut self, uid: &str) {
-        if self.ledger.release(uid) {
-            self.place();
-        }
-    }
-
-    /// Tells who runs where now.
-    fn place(&self) {
-        let now = Arc::new(self.ledger.placement());
-        self.placement.send_if_modified(|old| std::mem::replace(old, Arc::clone(&now)) != now);
-    }
-
     /// The Node as it is at this moment.
     fn node_now(&self) -> NodeFacts {
         let drain = *self.context.drain.borrow();
@@ -595,63 +506,6 @@ impl State {
         }
         let works = work::is_work(&pod);
         self.pods.insert(uid, Entry { commands, pod, works, ended: false, reported: false, outcome: None });
-    }
-
-    /// Refuses a pod, the later the more of its owner's pods were refused.
-    fn refuse(&mut self, pod: Pod, rejection: Rejection) {
-        let delay = self.owners.delay(&pod, Instant::now());
-        tracing::warn!(
-            namespace = pod.metadata.namespace,
-            pod = pod.metadata.name,
-            reason = rejection.reason,
-            delay = delay.as_secs(),
-            "pod refused: {}",
-            rejection.message
-        );
-        self.context.events.record(&pod, None, Kind::Warning, &rejection.reason, &rejection.message);
-        let ending = Ending::Rejected { reason: rejection.reason, message: rejection.message };
-        let status = self.final_status(&pod, &ending, &[]);
-        self.close(pod, Some(status), delay);
-    }
-
-    /// A pod that somebody started here and that this pilot knows nothing of: it is not started a second time.
-    fn lost(&mut self, pod: Pod) {
-        let message =
-            "The container could not be located: the pilot that had started it is gone with its state";
-        tracing::warn!(namespace = pod.metadata.namespace, pod = pod.metadata.name, "{message}");
-        let containers = lost::containers(&pod, message);
-        let status = self.final_status(&pod, &Ending::Deleted, &containers);
-        self.close(pod, Some(status), Duration::ZERO);
-    }
-
-    fn final_status(&self, pod: &Pod, ending: &Ending, containers: &[ContainerRuntime]) -> PodStatus {
-        let unknown = PodStatus::default();
-        status::status(&StatusInput {
-            pod,
-            previous: pod.status.as_ref().unwrap_or(&unknown),
-            containers,
-            pod_ip: Some(&self.context.identity.ip),
-            host_ip: Some(&self.context.identity.ip),
-            start_time: Timestamp::now(),
-            directory_ready: false,
-            ending: Some(ending),
-            now: Timestamp::now(),
-        })
-    }
-
-    /// Ends a pod that does not run here: its final status after `delay`, and its deletion once somebody asks for that.
-    fn close(&mut self, pod: Pod, status: Option<PodStatus>, delay: Duration) {
-        let uid = pod.metadata.uid.clone().unwrap_or_default();
-        let (deleted, deleted_rx) = watch::channel(pod.metadata.deletion_timestamp.is_some());
-        self.refused.insert(uid.clone(), Refused { deleted, told: status.is_none() });
-        let (told_tx, told) = oneshot::channel();
-        self.told.push(Box::pin(async move {
-            let _ = told.await;
-            uid
-        }));
-        let (api, draining) = (self.context.api.clone(), self.context.draining.clone());
-        let status = status.map(|status| (status, delay));
-        tokio::spawn(closing::close(api, pod, status, draining, deleted_rx, told_tx));
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use k8s_openapi::api::core::v1::PodStatus;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use tokio::time::timeout;
 
@@ -15,6 +16,7 @@ use crate::pod::events::Events;
 use crate::pod::expansion::Expand;
 use crate::pod::pressure::{Gauge, Kills, Room};
 use crate::pod::record::Records;
+use crate::pod::share::Grant;
 
 const SOON: Duration = Duration::from_secs(10);
 
