@@ -60,6 +60,7 @@ impl Bed {
             stop_signal: None,
             no_new_privs: false,
             cpus: Vec::new(),
+            cgroup: None,
             orphan_timeout: SOON,
             drain_at: None,
             grace: Duration::from_millis(100),

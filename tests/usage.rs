@@ -58,6 +58,7 @@ impl Bed {
             stop_signal: None,
             no_new_privs: false,
             cpus: Vec::new(),
+            cgroup: None,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::from_millis(100),

@@ -128,6 +128,15 @@ pub(super) fn memory_levels(roots: &Roots) -> Vec<(bool, PathBuf, Option<u64>)> 
     levels
 }
 
+/// The directories of this process's own cgroups of a controller, and whether they are v2's.
+pub(super) fn own_directories(roots: &Roots, controller: &str) -> Vec<(bool, PathBuf)> {
+    let own = own(roots, controller).into_iter().filter_map(|own| {
+        let directory = directories(&own.mount, &own.components).last()?;
+        Some((own.mount.v2, directory))
+    });
+    own.collect()
+}
+
 /// The directories of the batch job's own cgroup that have a controller's files, and whether they are cgroup v2's. Of the
 /// whole job on this host, not of the step or task that this process is in.
 pub(super) fn job_directories(roots: &Roots, controller: &str) -> Vec<(bool, PathBuf)> {

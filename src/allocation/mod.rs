@@ -6,6 +6,7 @@ pub mod ask;
 mod cgroup;
 pub mod command;
 pub mod deadline;
+pub mod delegation;
 pub mod duration;
 mod environment;
 pub mod gauge;

@@ -21,12 +21,12 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, setpgid, setsid};
 
-use super::affinity;
 use super::descriptors;
 use super::exec::exec;
 use super::isolation::{self, Handed, OwnHanded, Word};
 use super::log::{self, LogLimits};
 use super::protocol::{LINE_BYTES, Launch, Namespaces, Session, StartError, Stdin, line};
+use super::{affinity, cgroup};
 
 /// pbs_attach asks the MOM of its own host.
 const ATTACH_LIMIT: Duration = Duration::from_secs(5);
@@ -216,6 +216,7 @@ fn become_container(
         // Raising it needs no right; where it fails all the same, the container runs as it is.
         let _ = fs::write("/proc/self/oom_score_adj", adjustment.to_string());
     }
+    cgroup::enter(&launch.doors);
     affinity::set_own(&launch.cpus);
     if let Some(limit) = launch.open_files {
         let (_, hard) =

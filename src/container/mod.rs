@@ -4,6 +4,7 @@
 //! what happens. [`supervise`] and [`launch`] are the stages that do it, processes of the same binary.
 
 mod affinity;
+mod cgroup;
 mod client;
 mod descriptors;
 mod exec;
@@ -24,6 +25,7 @@ mod supervisor;
 pub mod terminal;
 pub mod usage;
 
+pub use cgroup::{CgroupSpec, Delegation, Limits};
 pub use client::{ExecStdio, Supervisor, Supervisors, SupervisorsError};
 pub use foreign::ForeignSessions;
 pub use launch::{become_program, launch};

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::CgroupSpec;
 use super::log::LogLimits;
 
 /// Longest line that is taken. An argument list and an environment are at most 2 MiB (execve(2), ARG_MAX at the usual
@@ -86,6 +87,9 @@ pub struct ContainerSpec {
     /// The CPUs on which it runs; none: wherever the pilot may.
     #[serde(default)]
     pub cpus: Vec<usize>,
+    /// A cgroup of its own, where there can be one.
+    #[serde(default)]
+    pub cgroup: Option<CgroupSpec>,
     /// How long the container goes on without a pilot.
     pub orphan_timeout: Duration,
     /// When it ends without a pilot at the latest.
@@ -197,6 +201,9 @@ pub struct End {
     pub log_error: Option<String>,
     /// Processes in uninterruptible sleep, which no signal ends.
     pub survivors: Vec<String>,
+    /// Whether the kernel has killed any of its processes because its cgroup was full.
+    #[serde(default)]
+    pub oom_killed: bool,
 }
 
 /// Why a container's program never began.
@@ -372,6 +379,9 @@ pub(super) struct Launch {
     pub no_new_privs: bool,
     #[serde(default)]
     pub cpus: Vec<usize>,
+    /// Files into which it writes itself, to be in the container's cgroup.
+    #[serde(default)]
+    pub doors: Vec<PathBuf>,
     /// What the descriptor that comes along is for.
     pub stdin: Stdin,
     /// Whether in namespaces, and which. The pipe for [`super::isolation::Word`]s comes along then, last.
@@ -441,6 +451,7 @@ mod tests {
             stop_signal: None,
             no_new_privs: false,
             cpus: Vec::new(),
+            cgroup: None,
             orphan_timeout: Duration::ZERO,
             drain_at: None,
             grace: Duration::ZERO,

@@ -13,6 +13,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::isolation::Words;
 use super::log::{Log, Output};
 use super::output::{Outputs, Sink};
@@ -97,6 +98,7 @@ pub(super) struct Surroundings {
     pub(super) open_files: Option<u64>,
     pub(super) no_new_privs: bool,
     pub(super) cpus: Vec<usize>,
+    pub(super) doors: Vec<PathBuf>,
     /// Whether the container is in namespaces of its own; their first process once it is known.
     pub(super) isolated: bool,
     pub(super) init: Option<i32>,
@@ -131,6 +133,7 @@ pub(super) struct Running {
     /// Our end of the program's terminal, where it has one.
     pub(super) terminal: Option<File>,
     pub(super) surroundings: Surroundings,
+    cgroup: Cgroup,
 }
 
 impl Running {
@@ -139,6 +142,7 @@ impl Running {
         let pid = launcher.pid;
         let owner = spec.view.as_ref().and_then(|view| view.owner.clone());
         let log = Log::new(spec.log.clone(), spec.log_limits).owned_by(owner);
+        let cgroup = spec.cgroup.map(Cgroup::make).unwrap_or_default();
         let surroundings = Surroundings {
             env: spec.env.clone(),
             working_dir: spec.working_dir.clone(),
@@ -147,6 +151,7 @@ impl Running {
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
             cpus: spec.cpus.clone(),
+            doors: cgroup.doors(),
             isolated: spec.view.is_some(),
             init: None,
         };
@@ -170,6 +175,7 @@ impl Running {
             open_files: spec.open_files,
             no_new_privs: spec.no_new_privs,
             cpus: spec.cpus,
+            doors: cgroup.doors(),
             stdin: ends.kind,
             place: spec.view.map_or(Namespaces::Outer, Namespaces::New),
             in_namespaces: false,
@@ -194,6 +200,7 @@ impl Running {
             terminal: ends.terminal,
             stdin_once: ends.once,
             surroundings,
+            cgroup,
         })
     }
 
@@ -264,6 +271,7 @@ impl Running {
 
     /// All of the container runs on these CPUs from now on.
     pub(super) fn set_cpus(&mut self, cpus: Vec<usize>) {
+        self.cgroup.set_cpus(&cpus);
         affinity::set_all(|| process::descendants(nix::unistd::getpid().as_raw()), &cpus);
         self.surroundings.cpus = cpus;
     }
@@ -305,6 +313,7 @@ impl Running {
             log_lines_lost: log.lost,
             log_error: log.error,
             survivors,
+            oom_killed: self.cgroup.has_oom_kill(),
         })
     }
 

@@ -234,6 +234,7 @@ fn start(spec: ExecSpec, given: Vec<OwnedFd>, surroundings: Surroundings) -> io:
         open_files: surroundings.open_files,
         no_new_privs: surroundings.no_new_privs,
         cpus: surroundings.cpus,
+        doors: surroundings.doors,
         stdin: if spec.terminal { Stdin::Terminal } else { Stdin::Given },
         place,
         in_namespaces: false,

@@ -22,7 +22,7 @@ use super::record::Records;
 use super::roster::Roster;
 use super::services::Services;
 use super::share::Placement;
-use crate::container::{Session, Supervisors};
+use crate::container::{Delegation, Session, Supervisors};
 use crate::pilot_metrics::PilotMetrics;
 
 /// How many pieces of work on the pods directory go on at once: half of the runtime's blocking threads. A home directory
@@ -194,6 +194,8 @@ pub struct Policy {
     pub back_off_max: Duration,
     /// Which pods have namespaces of their own.
     pub isolation: Isolation,
+    /// Where containers may have cgroups of their own.
+    pub delegation: Option<Delegation>,
 }
 
 impl Places {

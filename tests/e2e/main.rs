@@ -9,6 +9,7 @@ mod access;
 mod admission;
 mod bad_input;
 mod certificates;
+mod cgroup;
 mod check;
 mod config;
 mod containers;

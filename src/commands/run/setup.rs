@@ -50,7 +50,7 @@ use crate::allocation::{Deadline, GpuModel, Tracker, TrackerHandle, TrackerSetti
 use crate::certificates::{BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
-use crate::container::Supervisors;
+use crate::container::{Delegation, Supervisors};
 use crate::drain::{self, Leads, Stagger, TooLittle};
 use crate::guardian::GuardianLink;
 use crate::idle::Idle;
@@ -199,6 +199,7 @@ pub struct Begun {
     records: Records,
     recovered: Vec<manager::Recovered>,
     isolation: Isolation,
+    delegation: Option<Delegation>,
     /// Which GPUs there are, once the vendors' tools were asked.
     models: Vec<GpuModel>,
 }
@@ -245,6 +246,7 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
     let authorities = api::client_authorities(args.client_ca_file.as_deref(), &kube)?;
     let places = places(&args.pods, &env, allocation.job_id.as_ref().map(|j| j.value.as_str()), &name)?;
     let isolation = isolation(&args.pods, &places, &state_dir).await;
+    let delegation = memory::delegation(&allocation);
     let mut state = load_state(&state_dir)?;
     link.set_supervisors(&state_dir.join("containers"));
 
@@ -342,6 +344,7 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         records,
         recovered,
         isolation,
+        delegation,
         models: Vec::new(),
     })
 }

@@ -89,6 +89,7 @@ fn case() -> Case {
             open_files: None,
             back_off_max: crate::pod::backoff::LONGEST,
             isolation: Default::default(),
+            delegation: None,
         },
         ports: None,
         output: None,

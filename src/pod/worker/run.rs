@@ -280,7 +280,9 @@ impl Run {
                     None => String::new(),
                 };
                 let by_us = self.over_limit.take().filter(|_| end.signal == Some(KILLED));
+                // In a cgroup of its own a kill is the container's in any case.
                 let out_of_memory = by_us.is_some()
+                    || end.oom_killed && end.exit_code == 128 + KILLED
                     || !self.sent && end.exit_code == 128 + KILLED && self.context.kills.explain();
                 if let Some(why) = by_us.filter(|_| message.is_empty()) {
                     message = why;

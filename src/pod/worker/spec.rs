@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 
 use super::network::kernel_name;
 use super::prepare::Prepared;
-use crate::container::{ContainerSpec, LogLimits, Stdio, View, ViewMount};
+use crate::container::{ContainerSpec, Limits, LogLimits, Stdio, View, ViewMount};
 use crate::pod::command_line::argv;
 use crate::pod::containers;
 use crate::pod::context::Context;
@@ -18,6 +18,7 @@ use crate::pod::environment::{
 };
 use crate::pod::images;
 use crate::pod::network::Network;
+use crate::pod::quantity;
 use crate::pod::security::{self, Ids};
 use crate::pod::share::{self, Share};
 use crate::pod::volumes::{self, ImageError, MountProblem, PlannedMount, SubPathError};
@@ -176,6 +177,10 @@ pub fn spec(
         stdio: stdio(container),
         no_new_privs: security::no_new_privs(container),
         cpus: cpus(context, pod, name),
+        cgroup: context.policy.delegation.as_ref().map(|delegation| {
+            let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+            delegation.plan(&format!("{uid}.{name}.{restart}"), limits(container), &cpus(context, pod, name))
+        }),
         view,
     };
     Ok((spec, env.skipped))
@@ -185,6 +190,16 @@ pub fn spec(
 fn stop_signal(container: &Container) -> Option<i32> {
     let name = container.lifecycle.as_ref()?.stop_signal.as_deref()?;
     name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
+}
+
+/// What a container may take.
+fn limits(container: &Container) -> Limits {
+    let limits = container.resources.as_ref().and_then(|resources| resources.limits.as_ref());
+    let of = |name: &str| limits.and_then(|limits| limits.get(name)).filter(|quantity| quantity.0 != "0");
+    Limits {
+        memory: of("memory").and_then(|quantity| quantity::bytes(quantity).ok()?.try_into().ok()),
+        cpu_millis: of("cpu").and_then(|quantity| quantity::cpu_millis(quantity).ok()?.try_into().ok()),
+    }
 }
 
 /// The CPUs on which a container runs now.

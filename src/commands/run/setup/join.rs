@@ -162,6 +162,7 @@ fn context(
         policy: Policy {
             open_files: raise_open_files(),
             isolation: begun.isolation.clone(),
+            delegation: begun.delegation.clone(),
             ..policy(&args.pods, begun.allocation.batch)
         },
         ports: tunnel::pod_ports(begun.holds.tunnels.as_ref()),
@@ -214,6 +215,7 @@ pub(in crate::commands) fn policy(pods: &PodArgs, batch: BatchSystem) -> Policy 
         open_files: None,
         back_off_max: pods.crash_loop_back_off_max,
         isolation: Isolation::default(),
+        delegation: None,
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::allocation::gauge::MemoryGauge;
-use crate::allocation::{Allocation, Roots};
+use crate::allocation::{Allocation, BatchSystem, Roots, delegation};
+use crate::container::Delegation;
 use crate::node::NodeHandle;
 use crate::pod::context::Context;
 use crate::pod::manager::Manager;
@@ -59,6 +60,19 @@ impl Memory {
         };
         pressure::spawn(setup);
     }
+}
+
+/// Where the batch system lets the job make cgroups of its own. Before anything is started: in v2 the processes move.
+pub(super) fn delegation(allocation: &Allocation) -> Option<Delegation> {
+    if allocation.batch == BatchSystem::None {
+        return None;
+    }
+    let found = delegation::find(&Roots::default())?;
+    tracing::info!(
+        ?found,
+        "the batch system lets this job make cgroups: the kernel holds the containers' limits"
+    );
+    Some(Delegation { v2: found.v2, memory: found.memory, cpu: found.cpu, cpuset: found.cpuset })
 }
 
 /// The Node says MemoryPressure while it is so.
