@@ -143,7 +143,7 @@ impl Bed {
 }
 
 fn mount(source: PathBuf, target: impl Into<PathBuf>, read_only: bool) -> ViewMount {
-    ViewMount { source, target: target.into(), read_only }
+    ViewMount { source, target: target.into(), read_only, real: false }
 }
 
 /// /etc/hosts, with the host's own lines in the middle.
@@ -415,6 +415,29 @@ async fn a_container_may_see_the_user_and_the_group_under_other_numbers() {
         ];
         assert_eq!(bed.prints(script, view).await, wanted);
     }
+}
+
+#[tokio::test]
+async fn what_was_put_in_a_sources_place_after_it_was_looked_at_is_not_mounted() {
+    let bed = Bed::new("swapped");
+    bed.volume("volume/sub", "file", "mine");
+    bed.volume("other", "file", "another's");
+    let source = fs::canonicalize(bed.at("volume/sub")).unwrap();
+    let view = || View {
+        mounts: vec![ViewMount { real: true, ..mount(source.clone(), bed.at("c/m"), false) }],
+        ..View::default()
+    };
+    fs::create_dir_all(bed.at("c/m")).unwrap();
+    let supervisor = bed.ready("cat m/file; echo ready; sleep 600", view()).await;
+    assert!(bed.log().contains("mine"), "{}", bed.log());
+    drop(finish(supervisor).await);
+    // What another container of the pod may do meanwhile.
+    fs::remove_dir_all(&source).unwrap();
+    std::os::unix::fs::symlink(bed.at("other"), &source).unwrap();
+    let mut supervisor = bed.start(bed.spec("cat m/file", view())).await;
+    let Event::StartFailed(error) = next(&mut supervisor).await else { panic!("it started") };
+    assert!(error.to_string().contains("something was put in its place"), "{error}");
+    supervisor.acknowledge().await;
 }
 
 #[tokio::test]

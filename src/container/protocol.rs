@@ -155,6 +155,10 @@ pub struct ViewMount {
     pub target: PathBuf,
     /// Whether nothing can be written there.
     pub read_only: bool,
+    /// Whether the source is named as it really is, so that no link may be on the way to it: one that is has been put there
+    /// since it was looked at.
+    #[serde(default)]
+    pub real: bool,
 }
 
 /// What a program's standard input is, and whether all three are a terminal.

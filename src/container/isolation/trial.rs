@@ -77,6 +77,7 @@ fn attempt() -> Result<ExitCode, StartError> {
         source: PathBuf::from("/dev"),
         target: PathBuf::from("/.jiriaf-pilot-trial/dev"),
         read_only: true,
+        real: false,
     }];
     view::build(&View { mounts, ..View::default() }, None)?;
     let failed = |error: io::Error| other("starting a process in the namespaces", &error);

@@ -47,7 +47,10 @@ pub(in super::super) fn build(view: &View, directory: Option<&Path>) -> Result<(
     // All before anything is covered.
     let mut sources = Vec::new();
     for wanted in &view.mounts {
-        let source = Source::open(&wanted.source).map_err(|error| {
+        let opened = Source::open(&wanted.source);
+        let opened =
+            if wanted.real { opened.and_then(|source| source.is_at(&wanted.source)) } else { opened };
+        let source = opened.map_err(|error| {
             other(
                 &format!("mounting at {}", wanted.target.display()),
                 &format_args!("{}: {error}", wanted.source.display()),
@@ -88,6 +91,18 @@ impl Source {
 
     fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// This, if it is where it was found: a container of the pod's may have put a link on the way since.
+    fn is_at(self, path: &Path) -> io::Result<Self> {
+        let really = fs::read_link(self.path())?;
+        if really == path {
+            return Ok(self);
+        }
+        Err(io::Error::other(format!(
+            "it leads to {} by now: something was put in its place",
+            really.display()
+        )))
     }
 }
 

@@ -196,6 +196,7 @@ mod tests {
             source: source.into(),
             target: target.into(),
             read_only,
+            real: false,
         };
         let binds = [bind("/p/volumes/v", "/data", false), bind("/p/c/etc", "/etc/x", true)];
         let head = |verb| {

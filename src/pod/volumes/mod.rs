@@ -129,6 +129,8 @@ pub struct PlannedMount {
     pub target: PathBuf,
     /// Whether nothing can be written there.
     pub read_only: bool,
+    /// Whether the source is named as it really is.
+    pub real: bool,
 }
 
 /// What one container's directory is to hold. To be made in this order: `dirs`, `links`, `views`, `files`.

@@ -162,7 +162,7 @@ impl<'a> Planner<'a> {
         } else {
             absolute(place, &self.container.name, self.ground)
         };
-        self.plan.mounts.push(PlannedMount { source, target, read_only });
+        self.plan.mounts.push(PlannedMount { source, target, read_only, real: false });
     }
 
     /// All of a volume's files.

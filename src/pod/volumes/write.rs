@@ -83,7 +83,7 @@ pub fn write(
         for mount in &mut plan.mounts {
             // One that is not there yet (a hostPath of no type) is named as the Pod has it.
             if let Ok(real) = std::fs::canonicalize(&mount.source) {
-                mount.source = real;
+                (mount.source, mount.real) = (real, true);
             }
         }
     }

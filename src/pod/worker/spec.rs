@@ -269,6 +269,7 @@ fn view_mounts(own: &Path, mounts: &[PlannedMount]) -> Vec<ViewMount> {
             source: mount.source.clone(),
             target: mount.target.clone(),
             read_only: mount.read_only,
+            real: mount.real,
         })
         .collect()
 }
