@@ -1,7 +1,9 @@
 //! How much memory the job may still take on this host before the kernel kills something of it.
 //!
-//! Each limited cgroup from the pilot's own level up has a working set: what is charged to it less the files' pages that the
-//! kernel would give up first. The one with the least room counts. Where no cgroup limits the job, it is the host's memory.
+//! Each limited cgroup from the pilot's own level up has something that the kernel cannot take back: what is charged to it less the
+//! pages of files. (A kubelet takes only those away that were not used lately. But here all pods have one cgroup: files' pages
+//! outlive the pod that read them, and pods would be evicted for what they cannot give back, one after another.) The one with
+//! the least room counts. Where no cgroup limits the job, it is the host's memory.
 
 use std::path::PathBuf;
 
@@ -54,10 +56,10 @@ impl MemoryGauge {
         Self { levels, killed, proc: roots.proc.clone() }
     }
 
-    /// Whether a cgroup limits the job's memory, so that the kernel kills something of it when it takes more.
+    /// The least limit that a cgroup sets: the kernel kills something of the job when it takes more. None where none does.
     #[must_use]
-    pub fn is_limited(&self) -> bool {
-        !self.levels.is_empty()
+    pub fn limit(&self) -> Option<u64> {
+        self.levels.iter().map(|level| level.limit).min()
     }
 
     /// What is left now; none where nothing can be read.
@@ -81,14 +83,14 @@ impl MemoryGauge {
 
 impl Level {
     fn room(&self) -> Option<Room> {
-        let (usage, inactive) = match self.v2 {
-            true => ("memory.current", "inactive_file"),
-            false => ("memory.usage_in_bytes", "total_inactive_file"),
+        let (usage, files) = match self.v2 {
+            true => ("memory.current", ["inactive_file", "active_file"]),
+            false => ("memory.usage_in_bytes", ["total_inactive_file", "total_active_file"]),
         };
         let usage: u64 = read_small(&self.directory.join(usage))?.trim().parse().ok()?;
         let stat = read_small(&self.directory.join("memory.stat"))?;
-        let working_set = usage.saturating_sub(value(&stat, inactive)?);
-        Some(Room { limit: self.limit, available: self.limit.saturating_sub(working_set) })
+        let files: u64 = files.iter().filter_map(|name| value(&stat, name)).sum();
+        Some(Room { limit: self.limit, available: self.limit.saturating_sub(usage.saturating_sub(files)) })
     }
 }
 
@@ -120,13 +122,13 @@ mod tests {
     fn the_level_with_the_least_room_counts_and_old_files_are_no_use_v1() {
         let (_guard, roots) = host("4:memory:/slurm/uid_7/job_1/step_batch/task_0\n");
         let job = "memory/slurm/uid_7/job_1";
-        let level = |path: &str, limit: &str, usage: &str, inactive: &str| {
+        let level = |path: &str, limit: &str, usage: &str, files: &str| {
             write(&roots, &format!("{path}/memory.limit_in_bytes"), limit);
             write(&roots, &format!("{path}/memory.usage_in_bytes"), usage);
             write(
                 &roots,
                 &format!("{path}/memory.stat"),
-                &format!("cache 9\ntotal_inactive_file {inactive}\n"),
+                &format!("cache 9\ntotal_inactive_file {files}\ntotal_active_file 1000\n"),
             );
             write(
                 &roots,
@@ -138,8 +140,8 @@ mod tests {
         level(&format!("{job}/step_batch"), "500000", "490000", "300000");
         level(&format!("{job}/step_batch/task_0"), "9223372036854771712", "480000", "0");
         let gauge = MemoryGauge::new(&roots);
-        assert!(gauge.is_limited());
-        assert_eq!(gauge.room(), Some(Room { limit: 800_000, available: 200_000 }));
+        assert_eq!(gauge.limit(), Some(500_000));
+        assert_eq!(gauge.room(), Some(Room { limit: 800_000, available: 201_000 }));
         assert_eq!(gauge.oom_kills(), 1);
     }
 
@@ -162,7 +164,7 @@ mod tests {
     fn without_a_limit_it_is_the_hosts_memory() {
         let (_guard, roots) = host("0::/user.slice\n");
         let gauge = MemoryGauge::new(&roots);
-        assert!(!gauge.is_limited());
+        assert_eq!(gauge.limit(), None);
         assert_eq!(gauge.room(), Some(Room { limit: 1000 << 10, available: 400 << 10 }));
         fs::remove_file(roots.proc.join("meminfo")).unwrap();
         assert_eq!((gauge.room(), gauge.oom_kills()), (None, 0));

@@ -6,9 +6,9 @@ use super::command::Program;
 use super::{Environment, Gpu, Vendor};
 
 /// How long a tool may take: nvidia-smi wakes each GPU first, which takes seconds where no daemon keeps them awake.
-const LIMIT: Duration = Duration::from_secs(8);
+const LIMIT: Duration = Duration::from_secs(4);
 
-/// What one vendor's GPUs are. Those of a host are mostly alike: of several kinds the first is named.
+/// What one vendor's GPUs are. Nothing is said of a host with several kinds: the tools count all GPUs, a job its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuModel {
     /// The vendor.
@@ -40,7 +40,12 @@ async fn ask_nvidia(env: &Environment, ids: Vec<String>) -> Option<GpuModel> {
 
 /// Reads `NVIDIA A100-SXM4-40GB, 40960`, of which there is a line a GPU.
 fn parse_nvidia(text: &str) -> Option<GpuModel> {
-    let (product, memory) = text.lines().find(|line| !line.trim().is_empty())?.rsplit_once(',')?;
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+    let first = lines.next()?;
+    if lines.any(|line| line != first) {
+        return None;
+    }
+    let (product, memory) = first.rsplit_once(',')?;
     let product = product.trim().to_owned();
     let memory_mib = memory.trim().parse().ok();
     (!product.is_empty()).then_some(GpuModel { vendor: Vendor::Nvidia, product, memory_mib })
@@ -81,6 +86,7 @@ mod tests {
         assert_eq!(parse_nvidia(nvidia), Some(model(Vendor::Nvidia, "NVIDIA A100-SXM4-40GB", Some(40_960))));
         assert_eq!(parse_nvidia("Tesla, V100, [N/A]\n"), Some(model(Vendor::Nvidia, "Tesla, V100", None)));
         assert_eq!(parse_nvidia("No devices were found\n"), None);
+        assert_eq!(parse_nvidia("NVIDIA A100, 40960\nNVIDIA T4, 15360\n"), None, "which of them is ours?");
         let amd = "\ndevice,VRAM Total Memory (B),VRAM Total Used Memory (B),Card Series,Card Model\n\
                    card0,68702699520,10960896,AMD Instinct MI250X,0x740c\n";
         assert_eq!(parse_amd(amd), Some(model(Vendor::Amd, "AMD Instinct MI250X", Some(65_520))));

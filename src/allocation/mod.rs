@@ -165,6 +165,9 @@ pub struct Allocation {
     pub started: Option<Fact<SystemTime>>,
     /// The numbers of the CPUs that this process may use.
     pub cpus: Fact<Vec<usize>>,
+    /// Whether they are all that it may use: else the batch system named a number alone, and jobs on this host share its CPUs.
+    #[serde(skip)]
+    pub cpus_are_named: bool,
     /// What these CPUs belong to.
     pub topology: Vec<topology::Cpu>,
     /// The memory that this process may use, in bytes; 0 where it could not be learnt.
@@ -291,6 +294,7 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
         task: job.task,
         limit,
         started: job.started,
+        cpus_are_named: resources::allowed_cpus(&settings.roots).as_ref() == Some(&cpus.value),
         topology: topology::of(&settings.roots, &cpus.value),
         cpus,
         memory: resources::memory(&settings.roots, job.memory),

@@ -194,6 +194,7 @@ mod tests {
             limit: Fact::new(TimeLimit::Ends(UNIX_EPOCH + Duration::from_secs(7200)), "squeue %L"),
             started: Some(Fact::new(UNIX_EPOCH, "SLURM_JOB_START_TIME")),
             cpus: Fact::new(vec![0, 1, 2, 5], "affinity mask"),
+            cpus_are_named: true,
             topology: [(0, 0, 0), (1, 1, 0), (2, 0, 0), (5, 5, 1)]
                 .map(|(number, core, node)| Cpu { number, core, node })
                 .into(),

@@ -35,6 +35,12 @@ impl ForeignSessions {
         new
     }
 
+    /// Whether it was there at the last look.
+    #[must_use]
+    pub fn is_there(&self, session: i32) -> bool {
+        self.known.contains(&session)
+    }
+
     /// It could not be made known: it is new again.
     pub fn forget(&mut self, session: i32) {
         self.known.remove(&session);

@@ -133,6 +133,8 @@ pub(super) struct Running {
     /// Our end of the program's terminal, where it has one.
     pub(super) terminal: Option<File>,
     pub(super) surroundings: Surroundings,
+    /// Whether it was given other CPUs while it was being started.
+    moved: bool,
     cgroup: Cgroup,
 }
 
@@ -200,6 +202,7 @@ impl Running {
             terminal: ends.terminal,
             stdin_once: ends.once,
             surroundings,
+            moved: false,
             cgroup,
         })
     }
@@ -221,6 +224,10 @@ impl Running {
             return None;
         }
         self.hear_words();
+        if self.moved {
+            // The third stage went by what it had been told before.
+            self.set_cpus(self.surroundings.cpus.clone());
+        }
         let at = SystemTime::now();
         self.started_at = Some(at);
         if self.terminated && self.first.is_none() {
@@ -271,6 +278,7 @@ impl Running {
 
     /// All of the container runs on these CPUs from now on.
     pub(super) fn set_cpus(&mut self, cpus: Vec<usize>) {
+        self.moved = self.started_at.is_none();
         self.cgroup.set_cpus(&cpus);
         affinity::set_all(|| process::descendants(nix::unistd::getpid().as_raw()), &cpus);
         self.surroundings.cpus = cpus;

@@ -117,6 +117,14 @@ pub fn bytes(quantity: &Quantity) -> Result<i64, QuantityError> {
     parse(&quantity.0).map(Amount::units)
 }
 
+/// A number of bytes as Kubernetes writes it (BinarySI): in the largest unit in which it is whole.
+#[must_use]
+pub fn binary(bytes: u64) -> String {
+    let units = [("Ti", 40), ("Gi", 30), ("Mi", 20), ("Ki", 10)];
+    let whole = units.iter().find(|(_, shift)| bytes > 0 && bytes.trailing_zeros() >= *shift);
+    whole.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
+}
+
 /// `value / divisor`, rounded up, as a resourceFieldRef wants it (kubelet's `pkg/api/v1/resource/helpers.go`):
 /// CPUs are divided in thousandths, all else in whole units. A divisor of 0 means 1.
 #[must_use]

@@ -88,7 +88,7 @@ fn a_pods_volumes_are_at_their_absolute_paths_and_kubectl_exec_sees_them_too() {
 
     namespace.of("pods").delete("p", Some(20));
     namespace.wait_gone("p", seconds(30));
-    assert!(!directory.exists(), "{} is left", directory.display());
+    wait_until("its directory goes too", seconds(10), || !directory.exists());
     let kept = pilot.home.join(".jiriaf-pilot");
     let list = || run(std::process::Command::new("find").arg(&kept)).stdout;
     wait_until("nothing but the logs is left", seconds(10), || {

@@ -49,7 +49,7 @@ pub(in super::super) fn build(view: &View, directory: Option<&Path>) -> Result<(
     for wanted in &view.mounts {
         let opened = Source::open(&wanted.source);
         let opened =
-            if wanted.real { opened.and_then(|source| source.is_at(&wanted.source)) } else { opened };
+            if wanted.real { opened.and_then(|source| source.still_at(&wanted.source)) } else { opened };
         let source = opened.map_err(|error| {
             other(
                 &format!("mounting at {}", wanted.target.display()),
@@ -94,7 +94,7 @@ impl Source {
     }
 
     /// This, if it is where it was found: a container of the pod's may have put a link on the way since.
-    fn is_at(self, path: &Path) -> io::Result<Self> {
+    fn still_at(self, path: &Path) -> io::Result<Self> {
         let really = fs::read_link(self.path())?;
         if really == path {
             return Ok(self);

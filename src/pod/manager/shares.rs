@@ -17,7 +17,7 @@ use crate::pod::worker::Start;
 #[must_use]
 pub fn shares(grant: Grant) -> (Ledger, watch::Sender<Arc<Placement>>, Shares) {
     let devices = grant.devices.clone();
-    let ledger = Ledger::new(grant);
+    let mut ledger = Ledger::new(grant);
     let (placement_tx, placement) = watch::channel(Arc::new(ledger.placement()));
     (ledger, placement_tx, Shares { placement, devices })
 }
@@ -50,7 +50,7 @@ impl State {
     }
 
     /// Tells who runs where now.
-    pub(super) fn place(&self) {
+    pub(super) fn place(&mut self) {
         let now = Arc::new(self.ledger.placement());
         self.placement.send_if_modified(|old| std::mem::replace(old, Arc::clone(&now)) != now);
     }

@@ -1,9 +1,12 @@
 //! Whom a kubelet evicts first when memory runs short, and what it says (pkg/kubelet/eviction/helpers.go).
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Pod, Toleration};
+use k8s_openapi::api::core::v1::{Container, Pod, Toleration};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
+use crate::pod::admission::Load;
 use crate::pod::containers;
 use crate::pod::quantity;
 use crate::pod::share::{Qos, qos};
@@ -14,18 +17,20 @@ const CRITICAL: i32 = 2_000_000_000;
 /// The taint that the Node controller gives a Node under pressure.
 const TAINT: &str = "node.kubernetes.io/memory-pressure";
 
-/// A pod that runs, and what its containers take, in bytes.
+/// A pod that runs, and what it takes, in bytes.
 #[derive(Debug, Clone)]
 pub struct Consumer {
     /// The pod.
     pub pod: Pod,
     /// The containers' names, and what they take.
     pub containers: Vec<(String, u64)>,
+    /// What it has in memory that no process holds: emptyDirs.
+    pub besides: u64,
 }
 
 impl Consumer {
     fn usage(&self) -> u64 {
-        self.containers.iter().map(|(_, bytes)| bytes).sum()
+        self.containers.iter().map(|(_, bytes)| bytes).sum::<u64>().saturating_add(self.besides)
     }
 
     /// The pod's uid.
@@ -35,22 +40,24 @@ impl Consumer {
     }
 }
 
-/// What the pod asks for, in bytes.
+/// What the pod asks for, in bytes, as admission counts it.
 fn request(pod: &Pod) -> u64 {
-    let spec = pod.spec.as_ref();
-    let own = spec.and_then(|spec| spec.resources.as_ref()).and_then(|r| r.requests.as_ref()?.get("memory"));
-    if let Some(own) = own {
-        return quantity::bytes(own).ok().and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
-    }
-    containers::of(pod).map(|(_, container)| container_request(&container)).sum()
+    u64::try_from(Load::of([pod]).used("memory").units()).unwrap_or(0)
 }
 
-fn container_request(container: &k8s_openapi::api::core::v1::Container) -> u64 {
-    let requests = container.resources.as_ref().and_then(|resources| {
-        let of = |map: &Option<std::collections::BTreeMap<_, _>>| map.as_ref()?.get("memory").cloned();
-        of(&resources.requests).or_else(|| of(&resources.limits))
-    });
-    requests.and_then(|quantity| quantity::bytes(&quantity).ok()?.try_into().ok()).unwrap_or(0)
+/// What a container asks for: in bytes, and as it is written.
+fn container_request(container: &Container) -> (u64, String) {
+    let of = |map: &Option<BTreeMap<String, Quantity>>| map.as_ref()?.get("memory").cloned();
+    let found = container.resources.as_ref().and_then(|r| of(&r.requests).or_else(|| of(&r.limits)));
+    found.map_or((0, "0".to_owned()), |found| {
+        (quantity::bytes(&found).unwrap_or(0).try_into().unwrap_or(0), found.0)
+    })
+}
+
+/// Whether the pod is never evicted.
+#[must_use]
+pub fn is_critical(pod: &Pod) -> bool {
+    priority(pod) >= CRITICAL
 }
 
 fn priority(pod: &Pod) -> i32 {
@@ -61,19 +68,11 @@ fn priority(pod: &Pod) -> i32 {
 /// one that is furthest above its request. Never a critical one.
 #[must_use]
 pub fn first(consumers: &[Consumer]) -> Option<&Consumer> {
-    let candidates = consumers.iter().filter(|consumer| priority(&consumer.pod) < CRITICAL);
+    let candidates = consumers.iter().filter(|consumer| !is_critical(&consumer.pod));
     candidates.min_by_key(|consumer| {
         let (usage, request) = (i128::from(consumer.usage()), i128::from(request(&consumer.pod)));
         (usage <= request, priority(&consumer.pod), Reverse(usage - request))
     })
-}
-
-/// A number of bytes as Kubernetes writes it.
-fn quantity(bytes: u64) -> String {
-    match bytes {
-        0 => "0".to_owned(),
-        bytes => format!("{}Ki", bytes.div_ceil(1024)),
-    }
 }
 
 /// What the pod is told.
@@ -81,18 +80,25 @@ fn quantity(bytes: u64) -> String {
 pub fn message(consumer: &Consumer, threshold: u64, available: u64) -> String {
     let mut message = format!(
         "The node was low on resource: memory. Threshold quantity: {}, available: {}. ",
-        quantity(threshold),
-        quantity(available)
+        quantity::binary(threshold),
+        quantity::binary(available)
     );
+    let larger = |what: &str, usage: u64, request: &str| {
+        format!(
+            "{what} was using {}, request is {request}, has larger consumption of memory. ",
+            quantity::binary(usage)
+        )
+    };
+    let spec = consumer.pod.spec.as_ref();
+    if let Some(own) = spec.and_then(|spec| spec.resources.as_ref()?.requests.as_ref()?.get("memory")) {
+        let name = consumer.pod.metadata.name.as_deref().unwrap_or_default();
+        message.push_str(&larger(&format!("Pod {name}"), consumer.usage(), &own.0));
+    }
     for (name, usage) in &consumer.containers {
-        let found = containers::find(&consumer.pod, name);
-        let request = found.map_or(0, |(_, container)| container_request(&container));
+        let found = containers::find(&consumer.pod, name).map(|(_, container)| container_request(&container));
+        let (request, text) = found.unwrap_or((0, "0".to_owned()));
         if *usage > request {
-            message.push_str(&format!(
-                "Container {name} was using {}, request is {}, has larger consumption of memory. ",
-                quantity(*usage),
-                quantity(request)
-            ));
+            message.push_str(&larger(&format!("Container {name}"), *usage, &text));
         }
     }
     message
@@ -113,7 +119,7 @@ pub fn takes(pod: &Pod) -> bool {
             }
     };
     qos(pod) != Qos::BestEffort
-        || priority(pod) >= CRITICAL
+        || is_critical(pod)
         || pod.spec.iter().flat_map(|spec| spec.tolerations.iter().flatten()).any(tolerates)
 }
 
@@ -128,7 +134,11 @@ mod tests {
     fn consumer(uid: &str, priority: i32, requests: Value, usage: u64) -> Consumer {
         let pod = json!({"metadata": {"uid": uid}, "spec": {"priority": priority, "containers": [
             {"name": "c", "resources": {"requests": requests}}]}});
-        Consumer { pod: from_value(pod).unwrap(), containers: vec![("c".to_owned(), usage * MIB)] }
+        Consumer {
+            pod: from_value(pod).unwrap(),
+            containers: vec![("c".to_owned(), usage * MIB)],
+            besides: 0,
+        }
     }
 
     #[test]
@@ -160,9 +170,16 @@ mod tests {
         let one = consumer("a", 0, json!({"memory": "1Mi"}), 3);
         assert_eq!(
             message(&one, 100 * MIB, 5000),
-            "The node was low on resource: memory. Threshold quantity: 102400Ki, available: 5Ki. Container c was using \
-             3072Ki, request is 1024Ki, has larger consumption of memory. "
+            "The node was low on resource: memory. Threshold quantity: 100Mi, available: 5000. Container c was using 3Mi, request \
+             is 1Mi, has larger consumption of memory. "
         );
+        // An init container's request counts where it is the larger one, and what nobody holds counts too.
+        let mut init = consumer("a", 0, json!({"memory": "1Mi"}), 3);
+        let first = json!([{"name": "i", "resources": {"requests": {"memory": "10Mi"}}}]);
+        init.pod.spec.as_mut().unwrap().init_containers = from_value(first).unwrap();
+        assert_eq!(request(&init.pod), 10 * MIB);
+        init.besides = 30 * MIB;
+        assert_eq!(init.usage(), 33 * MIB);
         let within = consumer("a", 0, json!({"memory": "1Gi"}), 3);
         assert!(message(&within, MIB, 0).ends_with("available: 0. "));
     }

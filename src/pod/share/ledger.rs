@@ -29,6 +29,10 @@ pub struct Ledger {
     held: BTreeMap<String, Held>,
     /// How many pods have come.
     came: u64,
+    /// Where containers with a limit were put in the pool, by uid and name: they stay there for as long as it holds them.
+    put: BTreeMap<(String, String), Vec<usize>>,
+    /// How often all have to go to their places anew.
+    renewed: u64,
 }
 
 /// What a pod has.
@@ -43,7 +47,7 @@ impl Ledger {
     /// Nothing is handed out yet.
     #[must_use]
     pub fn new(grant: Grant) -> Self {
-        Self { grant, held: BTreeMap::new(), came: 0 }
+        Self { grant, ..Self::default() }
     }
 
     /// Gives a pod its share.
@@ -52,22 +56,21 @@ impl Ledger {
     /// When too little is left; nothing is taken then.
     pub fn take(&mut self, uid: &str, pod: &Pod) -> Result<Share, Shortage> {
         let wishes = wishes(pod);
-        let own = split(
-            &wishes,
-            |wish| wish.own,
-            self.free_cpus(),
-            |free, count| {
-                let left = free.len();
-                cpus::take(free, count).ok_or(Shortage { resource: "cpu".to_owned(), wanted: count, left })
-            },
-        )?;
+        // Where nothing is known of which CPUs are the job's, nobody has any to himself.
+        let is_known = !self.grant.processors.is_empty();
+        let own = |wish: &Wish| if is_known { wish.own } else { 0 };
+        let own = split(&wishes, own, self.free_cpus(), |free, count| {
+            let left = free.len();
+            cpus::take(free, count).ok_or(Shortage { resource: "cpu".to_owned(), wanted: count, left })
+        })?;
         let mut share = Share::default();
         for wish in &wishes {
             let cpus = own.get(&wish.container).cloned().unwrap_or_default();
             let most = wish.most.filter(|_| cpus.is_empty());
             let asked = wish.asked.filter(|_| cpus.is_empty() && most.is_none());
             if !cpus.is_empty() || most.is_some() || asked.is_some() {
-                let container = ContainerShare { cpus, most, asked, devices: BTreeMap::new() };
+                let passes = wish.kind == Kind::Init;
+                let container = ContainerShare { cpus, most, asked, passes, devices: BTreeMap::new() };
                 share.containers.insert(wish.container.clone(), container);
             }
         }
@@ -80,7 +83,10 @@ impl Ledger {
                 taken.ok_or(Shortage { resource: resource.clone(), wanted: count, left })
             })?;
             for (container, devices) in given {
-                share.containers.entry(container).or_default().devices.insert(resource.clone(), devices);
+                let passes = wishes.iter().any(|wish| wish.container == container && wish.kind == Kind::Init);
+                let own = share.containers.entry(container).or_default();
+                own.passes = passes;
+                own.devices.insert(resource.clone(), devices);
             }
         }
         self.enter(uid, share.clone());
@@ -116,23 +122,20 @@ impl Ledger {
         })
     }
 
-    /// The CPUs of the job are others now (a cpuset that has changed). Who had one that is gone has one less.
+    /// The CPUs of the job are others now (a cpuset that has changed). Who had one that is gone has it again once it is back; until
+    /// then he has less, or runs in the pool.
     pub fn regrant(&mut self, processors: Vec<Processor>) {
-        let there: BTreeSet<usize> = processors.iter().map(|cpu| cpu.number).collect();
         self.grant.processors = processors;
-        for container in self.held.values_mut().flat_map(|held| held.share.containers.values_mut()) {
-            container.cpus.retain(|cpu| there.contains(cpu));
-        }
+        // The kernel may have given all processes the whole cpuset (before Linux 6.2 it does).
+        self.renewed += 1;
     }
 
-    /// Where each container runs.
-    #[must_use]
-    pub fn placement(&self) -> Placement {
-        let pool: Vec<usize> = self.free_cpus().iter().map(|cpu| cpu.number).collect();
-        let all = self.grant.processors.iter().map(|cpu| cpu.number).collect();
+    /// Where each container runs. What has a place keeps it while it can.
+    pub fn placement(&mut self) -> Placement {
         let mut held: Vec<(&String, &Held)> = self.held.iter().collect();
         held.sort_by_key(|(_, held)| held.came);
-        Placement::new(all, pool, held.into_iter().map(|(uid, held)| (uid.as_str(), &held.share)))
+        let held = held.into_iter().map(|(uid, held)| (uid.as_str(), &held.share));
+        Placement::new(&self.grant.processors, &self.free_cpus(), held, &mut self.put, self.renewed)
     }
 
     fn free_cpus(&self) -> Vec<Processor> {

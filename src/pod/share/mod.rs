@@ -67,6 +67,9 @@ pub struct ContainerShare {
     /// How many it asks for, rounded up, where it neither has its own nor a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked: Option<usize>,
+    /// Whether it is an init container, which is gone when those come that stay.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub passes: bool,
     /// Its GPUs by their resource.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub devices: BTreeMap<String, Vec<String>>,

@@ -128,13 +128,40 @@ fn whole_cpus_of_guaranteed_pods_are_their_own_and_the_others_share_the_rest() {
 }
 
 #[test]
+fn init_containers_take_nobodys_place_and_who_goes_moves_nobody() {
+    let mut ledger = Ledger::new(grant(host(1, 2, 1), 0));
+    let limited = |name: &str| container(name, json!({}), json!({"cpu": "1"}));
+    let both = pod(json!([limited("i")]), json!([limited("c")]));
+    ledger.take("a", &both).unwrap();
+    ledger.take("b", &both).unwrap();
+    let placed = |ledger: &mut Ledger, uid: &str| ledger.placement().cpus(uid, "c").to_vec();
+    assert_eq!((placed(&mut ledger, "a"), placed(&mut ledger, "b")), (vec![0], vec![1]));
+    ledger.release("a");
+    assert_eq!(placed(&mut ledger, "b"), [1]);
+    ledger.take("c", &both).unwrap();
+    assert_eq!((placed(&mut ledger, "b"), placed(&mut ledger, "c")), (vec![1], vec![0]));
+    // Near each other among those that are equally taken.
+    let mut numa = Ledger::new(grant(host(2, 2, 2), 0));
+    numa.take("a", &plain(container("c", json!({}), json!({"cpu": "4"})))).unwrap();
+    assert_eq!(numa.placement().cpus("a", "c"), [0, 1, 4, 5]);
+}
+
+#[test]
+fn without_named_cpus_nobody_is_put_anywhere() {
+    let mut ledger = Ledger::new(grant(Vec::new(), 1));
+    let share = ledger.take("a", &plain(whole("c", "2"))).unwrap();
+    assert!(share.containers["c"].cpus.is_empty() && ledger.placement().cpus("a", "c").is_empty());
+    let threads = variables(share.containers.get("c"), 0, &BTreeMap::new(), &[]);
+    assert!(threads.contains(&("OMP_NUM_THREADS".to_owned(), "2".to_owned())), "{threads:?}");
+}
+
+#[test]
 fn where_all_is_taken_the_others_run_beside() {
     let mut ledger = Ledger::new(grant(host(1, 2, 1), 0));
     ledger.take("a", &plain(whole("c", "2"))).unwrap();
     ledger.take("b", &plain(json!({"name": "c"}))).unwrap();
     let placement = ledger.placement();
     assert_eq!(placement.cpus("b", "c"), [0, 1]);
-    assert!(placement.is_all(placement.cpus("b", "c")));
     let shortage = ledger.take("c", &plain(whole("c", "1"))).unwrap_err();
     assert_eq!(shortage, Shortage { resource: "cpu".to_owned(), wanted: 1, left: 0 });
 }
@@ -186,8 +213,12 @@ fn a_cpuset_that_shrinks_leaves_what_is_there() {
     ledger.regrant(host(1, 4, 1).into_iter().filter(|cpu| cpu.number != 0).collect());
     assert_eq!(ledger.placement().cpus("a", "c"), [1]);
     ledger.regrant(host(1, 4, 1).into_iter().filter(|cpu| cpu.number > 1).collect());
-    // Nothing of its own is left: it runs with the others.
+    // Nothing of its own is left: it runs with the others, until that is back.
     assert_eq!(ledger.placement().cpus("a", "c"), [2, 3]);
+    let before = ledger.placement().renewed();
+    ledger.regrant(host(1, 4, 1));
+    assert_eq!(ledger.placement().cpus("a", "c"), [0, 1]);
+    assert!(ledger.placement().renewed() > before, "all are put in their places again");
 }
 
 #[test]
@@ -326,6 +357,14 @@ proptest! {
             let gpus = |share: &Share| -> BTreeSet<String> {
                 share.containers.values().flat_map(|c| c.devices.values().flatten().cloned()).collect()
             };
+            // Nor are they two containers' of one pod that run at the same time.
+            for (_, _, share) in &there {
+                let staying = || share.containers.values().filter(|c| !c.passes);
+                let cpus: Vec<usize> = staying().flat_map(|c| c.cpus.clone()).collect();
+                prop_assert_eq!(cpus.len(), cpus.iter().collect::<BTreeSet<_>>().len(), "{:?}", share);
+                let gpus: Vec<String> = staying().flat_map(|c| c.devices.values().flatten().cloned()).collect();
+                prop_assert_eq!(gpus.len(), gpus.iter().collect::<BTreeSet<_>>().len(), "{:?}", share);
+            }
             let sum: usize = there.iter().map(|(_, _, share)| of(share).len()).sum();
             let all: BTreeSet<usize> = there.iter().flat_map(|(_, _, share)| of(share)).collect();
             prop_assert_eq!(sum, all.len(), "a CPU is two pods'");

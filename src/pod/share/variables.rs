@@ -29,10 +29,10 @@ pub fn variables(
     inherited: &[(String, String)],
 ) -> Vec<(String, String)> {
     let mut variables = Vec::new();
-    let threads = share.and_then(|share| match share.asked {
-        Some(asked) => Some(asked.min(cpus)),
-        // What shares the pool and asks for nothing is told nothing: how many threads are right there, its owner knows.
-        None => Some(cpus).filter(|_| !share.cpus.is_empty() || share.most.is_some()),
+    // What shares the pool and asks for nothing is told nothing: how many threads are right there, its owner knows.
+    let threads = share.and_then(|share| match share.cpus.len() {
+        0 => share.most.or(share.asked).map(|threads| if cpus > 0 { threads.min(cpus) } else { threads }),
+        _ => Some(cpus),
     });
     if let Some(threads) = threads.filter(|threads| *threads > 0) {
         variables.extend(THREADS.map(|name| (name.to_owned(), threads.to_string())));

@@ -355,6 +355,12 @@ pub fn contents(pod: &Pod, objects: &Objects, last: &Objects, facts: &Facts) -> 
     Ok(found)
 }
 
+/// What a pod's emptyDirs hold in memory.
+#[must_use]
+pub fn memory_used(uid: &str) -> u64 {
+    memory::parents().iter().map(|parent| usage::used(&parent.join(uid), u64::MAX)).sum()
+}
+
 /// A place in the file system.
 #[must_use]
 pub fn absolute(place: &Place, container: &str, ground: &Ground<'_>) -> PathBuf {

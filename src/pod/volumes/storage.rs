@@ -64,7 +64,7 @@ impl Limits {
             }
         }
         let bytes = sum.max(most);
-        let text = if texts.len() == 1 { texts.remove(0) } else { in_units(bytes) };
+        let text = if texts.len() == 1 { texts.remove(0) } else { quantity::binary(bytes) };
         limits.pod = (bytes > 0).then_some(Limit { of: String::new(), bytes, text });
         limits
     }
@@ -116,13 +116,6 @@ fn container_limit(container: &Container) -> Option<Limit> {
     let limit = container.resources.as_ref()?.limits.as_ref()?.get(RESOURCE)?;
     let bytes = u64::try_from(quantity::bytes(limit).ok()?).ok().filter(|bytes| *bytes > 0)?;
     Some(Limit { of: container.name.clone(), bytes, text: limit.0.clone() })
-}
-
-/// As Kubernetes writes a number of bytes: in the largest unit in which it is whole.
-fn in_units(bytes: u64) -> String {
-    let units = [("Ti", 40), ("Gi", 30), ("Mi", 20), ("Ki", 10)];
-    let whole = units.iter().find(|(_, shift)| bytes > 0 && bytes.trailing_zeros() >= *shift);
-    whole.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::pilot_metrics::StartedFrom;
 use crate::pod::backoff::{self, BackOff, Next};
 use crate::pod::containers::{self, Kind};
 use crate::pod::events;
+use crate::pod::pressure::eviction;
 use crate::pod::probe::{self, Found, Probes, Report, Subject};
 use crate::pod::status::{self, OOM_KILLED, State, TERMINATION_BY_KUBELET, container_id};
 use crate::pod::volumes::keeper;
@@ -255,6 +256,8 @@ impl Worker {
     /// What the keeper of the pod's volumes has found.
     pub(super) fn on_found(&mut self, found: keeper::Found) {
         match found {
+            // As a kubelet's evictPod: never a critical one.
+            keeper::Found::Exceeded { .. } if eviction::is_critical(&self.record.pod) => {}
             keeper::Found::Exceeded { message } => {
                 let warning = events::Kind::Warning;
                 self.context.events.record(&self.record.pod, None, warning, EVICTED, &message);
@@ -265,19 +268,22 @@ impl Worker {
         }
     }
 
-    /// The job's memory runs short, and this pod gives way: at once, before the kernel kills whomever it likes.
+    /// The job's memory runs short, and this pod gives way: at once, before the kernel kills whomever it likes. One that is ending
+    /// already ends as what it was to be, but now.
     fn evict(&mut self, message: String) {
-        if self.stop.is_some() || self.ended {
+        if self.ended {
             return;
         }
         let (warning, meta) = (events::Kind::Warning, &self.record.pod.metadata);
         tracing::warn!(namespace = meta.namespace, pod = meta.name, "pod evicted: {message}");
         self.context.events.record(&self.record.pod, None, warning, EVICTED, &message);
-        let disruption = Some(TERMINATION_BY_KUBELET.to_owned());
-        self.stop_for(Why::Failed { reason: EVICTED.to_owned(), message, disruption }, EVICTION_GRACE);
-        for orders in self.containers.iter().filter_map(|container| container.run.as_ref()) {
+        let runs: Vec<_> = self.containers.iter().filter_map(|container| container.run.clone()).collect();
+        // Before the SIGTERM that stopping a pod begins with: this one has no time.
+        for orders in runs {
             let _ = orders.try_send(Order::Kill);
         }
+        let disruption = Some(TERMINATION_BY_KUBELET.to_owned());
+        self.stop_for(Why::Failed { reason: EVICTED.to_owned(), message, disruption }, EVICTION_GRACE);
     }
 
     /// How long the pod's first start took, once all of its containers run.

@@ -102,6 +102,7 @@ pub fn follow(
         started: None,
         ending: None,
         sent: false,
+        killed: false,
         over_limit: None,
     };
     tokio::spawn(run.live(spec));
@@ -138,6 +139,8 @@ struct Run {
     ending: Option<Ending>,
     /// Whether it was.
     sent: bool,
+    /// Whether it was killed, with nothing before.
+    killed: bool,
     /// Why it is killed, where it has more memory than it may.
     over_limit: Option<String>,
 }
@@ -156,7 +159,7 @@ impl Run {
         let mut placement = self.context.shares.placement.clone();
         placement.mark_changed();
         // A run of before a crash of the pilot may be elsewhere than it should be by now.
-        let mut cpus = spec_cpus;
+        let mut placed = (placement.borrow().renewed(), spec_cpus);
         loop {
             let event = tokio::select! {
                 biased;
@@ -165,7 +168,7 @@ impl Run {
                         Some(Order::Terminate { grace, waits }) => self.terminate(grace, waits).await,
                         Some(Order::Turn) => self.turn().await,
                         Some(Order::Kill) => {
-                            (self.ending, self.sent) = (None, true);
+                            (self.ending, self.sent, self.killed) = (None, true, true);
                             self.supervisor.kill().await;
                         }
                         Some(Order::Acknowledge) => {}
@@ -198,10 +201,11 @@ impl Run {
                     continue;
                 }
                 Ok(()) = placement.changed() => {
-                    let now = spec::cpus(&self.context, &self.of.pod, &self.of.container);
-                    if now != cpus {
-                        self.supervisor.set_cpus(now.clone()).await;
-                        cpus = now;
+                    let renewed = placement.borrow_and_update().renewed();
+                    let now = (renewed, spec::cpus(&self.context, &self.of.pod, &self.of.container));
+                    if now != placed {
+                        self.supervisor.set_cpus(now.1.clone()).await;
+                        placed = now;
                     }
                     continue;
                 }
@@ -303,6 +307,9 @@ impl Run {
 
     /// The end was asked for: a preStop hook first, and others before it, within the grace.
     async fn terminate(&mut self, grace: Duration, waits: bool) {
+        if self.killed {
+            return;
+        }
         if self.sent {
             return self.supervisor.terminate(grace.max(self.least())).await;
         }

@@ -15,6 +15,9 @@ const LOOK: Duration = Duration::from_secs(10);
 
 /// Looks at the CPUs, and tells whoever counts on them: who hands them out, admission (`cpus`) and the Node.
 pub fn watch(allocation: &Allocation, manager: &Manager, node: &Arc<NodeHandle>, cpus: watch::Sender<usize>) {
+    if !allocation.cpus_are_named {
+        return;
+    }
     let (granted, manager, node) = (allocation.topology.clone(), manager.clone(), Arc::clone(node));
     tokio::spawn(async move {
         let mut known = granted.clone();

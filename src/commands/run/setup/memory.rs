@@ -29,6 +29,7 @@ pub struct Memory {
     gauge: Arc<JobGauge>,
     /// What was granted, where nothing but the pilot holds the pods to it.
     grant: Option<u64>,
+    cpus: usize,
 }
 
 impl Memory {
@@ -36,11 +37,11 @@ impl Memory {
     #[must_use]
     pub fn of(allocation: &Allocation) -> Self {
         let gauge = MemoryGauge::new(&Roots::default());
-        let host = gauge.room().filter(|_| !gauge.is_limited()).map(|room| room.limit);
+        let limit = gauge.limit().or_else(|| gauge.room().map(|host| host.limit));
         // PBS without its cgroups hook and Slurm without ConstrainRAMSpace say a figure and leave it at that.
         let grant = Some(allocation.memory.value)
-            .filter(|grant| *grant > 0 && host.is_some_and(|host| *grant < host));
-        Self { gauge: Arc::new(JobGauge(gauge)), grant }
+            .filter(|grant| *grant > 0 && limit.is_none_or(|limit| *grant < limit));
+        Self { gauge: Arc::new(JobGauge(gauge)), grant, cpus: allocation.cpus.value.len() }
     }
 
     /// What tells of it.
@@ -55,6 +56,7 @@ impl Memory {
             context: Arc::clone(context),
             gauge: self.gauge(),
             grant: self.grant,
+            cpus: self.cpus,
             manager: manager.clone(),
             pressure,
         };

@@ -133,7 +133,9 @@ pub(in crate::commands) fn grant(allocation: &Allocation) -> Grant {
     for gpu in &allocation.gpus.value {
         devices.entry(resource(gpu.vendor).to_owned()).or_default().push(gpu.id.clone());
     }
-    Grant { processors: processors(&allocation.topology), devices }
+    // Of CPUs that the batch system did not name, other jobs on this host would be given the same ones.
+    let named = if allocation.cpus_are_named { processors(&allocation.topology) } else { Vec::new() };
+    Grant { processors: named, devices }
 }
 
 pub(super) fn processors(cpus: &[Cpu]) -> Vec<Processor> {

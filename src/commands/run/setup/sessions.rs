@@ -56,6 +56,10 @@ pub fn watch(allocation: &Allocation, env: &Environment, context: &Arc<Context>)
             });
             let Ok((looked, new)) = looking.await else { return };
             sessions = looked;
+            // A number is used again by another session some day.
+            failed.retain(|session, _| {
+                sessions.is_there(*session) || new.iter().any(|(other, _)| other == session)
+            });
             new.iter().skip(AT_ONCE).for_each(|(session, _)| sessions.forget(*session));
             let attach = |(session, pid): (i32, i32)| {
                 let program = Program::at(&program, &env).args(["-j", &job, "-p", &pid.to_string()]);
