@@ -195,27 +195,9 @@ pub(super) fn names_batch_system(proc: &Path) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::stand_in::{host, write_cgroup as write};
     use proptest::prelude::*;
     use std::fs;
-
-    fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
-        let directory = tempfile::tempdir().unwrap();
-        let roots = Roots {
-            proc: directory.path().join("proc"),
-            cgroup: directory.path().join("cg"),
-            dev: directory.path().join("dev"),
-            sys: directory.path().join("sys"),
-        };
-        fs::create_dir_all(roots.proc.join("self")).unwrap();
-        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
-        (directory, roots)
-    }
-
-    fn write(roots: &Roots, file: &str, text: &str) {
-        let file = roots.cgroup.join(file);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(file, text).unwrap();
-    }
 
     #[test]
     fn the_smallest_limit_of_all_levels_counts_v1() {

@@ -102,16 +102,7 @@ fn make_room(root: &Path) -> Option<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
-        let directory = tempfile::tempdir().unwrap();
-        let within = |name: &str| directory.path().join(name);
-        let roots =
-            Roots { proc: within("proc"), cgroup: within("cg"), dev: within("dev"), sys: within("sys") };
-        fs::create_dir_all(roots.proc.join("self")).unwrap();
-        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
-        (directory, roots)
-    }
+    use crate::allocation::stand_in::host;
 
     #[test]
     fn v1_is_used_where_the_own_directory_may_be_written_to() {

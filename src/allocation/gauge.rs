@@ -99,23 +99,13 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::allocation::stand_in::{self, write_cgroup as write};
 
     fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
-        let directory = tempfile::tempdir().unwrap();
-        let within = |name: &str| directory.path().join(name);
-        let roots =
-            Roots { proc: within("proc"), cgroup: within("cg"), dev: within("dev"), sys: within("sys") };
-        fs::create_dir_all(roots.proc.join("self")).unwrap();
-        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
+        let (directory, roots) = stand_in::host(cgroup);
         fs::write(roots.proc.join("meminfo"), "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\n")
             .unwrap();
         (directory, roots)
-    }
-
-    fn write(roots: &Roots, file: &str, text: &str) {
-        let file = roots.cgroup.join(file);
-        fs::create_dir_all(file.parent().unwrap()).unwrap();
-        fs::write(file, text).unwrap();
     }
 
     #[test]

@@ -1,9 +1,27 @@
-//! Small scripts that stand in for a batch system's programs in tests.
+//! What stands in for a host in tests: small scripts for a batch system's programs, files for the kernel's.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::environment::Environment;
+use super::resources::Roots;
+
+/// A host whose kernel says that this process is in these cgroups (/proc/self/cgroup), and nothing else.
+pub(crate) fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
+    let directory = tempfile::tempdir().unwrap();
+    let within = |name: &str| directory.path().join(name);
+    let roots = Roots { proc: within("proc"), cgroup: within("cg"), dev: within("dev"), sys: within("sys") };
+    std::fs::create_dir_all(roots.proc.join("self")).unwrap();
+    std::fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
+    (directory, roots)
+}
+
+/// Writes a file of a cgroup's.
+pub(crate) fn write_cgroup(roots: &Roots, file: &str, text: &str) {
+    let file = roots.cgroup.join(file);
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(file, text).unwrap();
+}
 
 /// A temporary directory of scripts, first in the PATH of the environments that it makes.
 pub(crate) struct StandIn(tempfile::TempDir);

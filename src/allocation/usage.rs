@@ -228,15 +228,12 @@ fn ticks_per_second() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::stand_in;
     use proptest::prelude::*;
     use std::fs;
 
     fn host(cgroup: &str) -> (tempfile::TempDir, Roots) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name| directory.path().join(name);
-        let roots = Roots { proc: path("proc"), cgroup: path("cg"), dev: path("dev"), sys: path("sys") };
-        fs::create_dir_all(roots.proc.join("self")).unwrap();
-        fs::write(roots.proc.join("self/cgroup"), cgroup).unwrap();
+        let (directory, roots) = stand_in::host(cgroup);
         let stat = "cpu  100 20 30 9000 50 6 7 800 90 10\ncpu0 1 2 3 4 5 6 7 8 9 10\nbtime 1\n";
         fs::write(roots.proc.join("stat"), stat).unwrap();
         let meminfo = "MemTotal:       1000 kB\nMemFree:         300 kB\nActive(file):     90 kB\n\

@@ -295,21 +295,10 @@ fn an_ephemeral_container_joins_a_pod_that_runs_and_does_not_count() {
     main["image"] = json!("work/run");
     namespace.pod_on(&pilot, "p", pod_spec("Never", &[main]));
     namespace.wait_phase("p", "Running", seconds(20));
-    let added = json!({"spec": {"ephemeralContainers": [{"name": "debugger", "image": "work/look",
+    let added = json!([{"name": "debugger", "image": "work/look",
         "command": ["bash"], "targetContainerName": "c1",
-        "volumeMounts": [{"name": "work", "mountPath": "job"}]}]}});
-    let kubectl = bed().kubectl(&[
-        "-n",
-        &namespace.name,
-        "patch",
-        "pod",
-        "p",
-        "--subresource=ephemeralcontainers",
-        "--type=strategic",
-        "-p",
-        &added.to_string(),
-    ]);
-    assert!(kubectl.success, "{}", kubectl.text);
+        "volumeMounts": [{"name": "work", "mountPath": "job"}]}]);
+    namespace.add_ephemeral("p", &added);
     let pod = wait_for("the debugger's end", seconds(20), || {
         let pod = namespace.pod("p")?;
         let one = pod["status"]["ephemeralContainerStatuses"].get(0)?.clone();

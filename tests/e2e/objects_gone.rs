@@ -148,22 +148,9 @@ fn an_ephemeral_container_that_cannot_be_mounted_keeps_no_other_from_starting_ag
     secret(&namespace, "one");
     namespace.pod_on(&pilot, "p", spec());
     namespace.wait_phase("p", "Running", seconds(30));
-    let added = json!({"spec": {"ephemeralContainers": [{"name": "debugger", "image": "script",
-        "volumeMounts": [{"name": "script", "mountPath": "../../../escaped"}]}]}});
-    let namespace_name = namespace.name.clone();
-    let patch = added.to_string();
-    let done = bed().kubectl(&[
-        "-n",
-        &namespace_name,
-        "patch",
-        "pod",
-        "p",
-        "--subresource=ephemeralcontainers",
-        "--type=strategic",
-        "-p",
-        &patch,
-    ]);
-    assert!(done.success, "{}", done.text);
+    let added = json!([{"name": "debugger", "image": "script",
+        "volumeMounts": [{"name": "script", "mountPath": "../../../escaped"}]}]);
+    namespace.add_ephemeral("p", &added);
     let waiting = wait_for("the debugger says why it waits", seconds(20), || {
         let pod = namespace.pod("p")?;
         let one = pod["status"]["ephemeralContainerStatuses"].get(0)?["state"]["waiting"].clone();

@@ -240,3 +240,31 @@ fn cpus_that_are_taken_away_from_the_job_are_no_longer_offered() {
     set_mask(&mask);
     wait_until("and what has come back", seconds(30), || offered(all));
 }
+
+#[test]
+fn two_pods_of_a_slurm_job_have_cpus_of_their_own_among_the_jobs() {
+    let namespace = Namespace::new("slurmcpus");
+    let pilot = Pilot::sbatch(Options::new("slurmcpus").arg("--cpus-per-task=2"));
+    namespace.config_map("script", &[("run.sh", SCRIPT)]);
+    let own = both(&json!({"cpu": "1", "memory": "10Mi"}));
+    noting(&namespace, &pilot, "p", &own);
+    noting(&namespace, &pilot, "q", &own);
+    let (p, q) = (cpus(&pilot, "p"), cpus(&pilot, "q"));
+    assert_eq!((count(&p), count(&q)), (1, 1));
+    assert_ne!(p, q);
+    // The job's are those of the pilot, which Slurm has confined.
+    let [process] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    let status = read(Path::new(&format!("/proc/{process}/status")));
+    let jobs = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let numbers = |list: &str| -> Vec<usize> {
+        let range = |range: &str| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            first.parse::<usize>().unwrap()..=last.parse::<usize>().unwrap()
+        };
+        list.split(',').flat_map(range).collect()
+    };
+    assert!(
+        numbers(&p).iter().chain(&numbers(&q)).all(|cpu| numbers(jobs).contains(cpu)),
+        "{p} {q} of {jobs}"
+    );
+}

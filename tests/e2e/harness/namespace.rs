@@ -72,6 +72,16 @@ impl Namespace {
         self.wait_phase(name, "Running", seconds(30));
     }
 
+    /// Adds ephemeral containers to a pod, as kubectl debug does.
+    #[track_caller]
+    pub fn add_ephemeral(&self, pod: &str, containers: &Value) {
+        let patch = json!({"spec": {"ephemeralContainers": containers}}).to_string();
+        let words =
+            ["-n", &self.name, "patch", "pod", pod, "--subresource=ephemeralcontainers", "--type=strategic"];
+        let patched = bed().kubectl(&[&words[..], &["-p", &patch]].concat());
+        assert!(patched.success, "{}", patched.text);
+    }
+
     /// Waits until the pod is in this phase, and returns it. A pod in another terminal phase fails the test at
     /// once.
     #[track_caller]
