@@ -15,6 +15,7 @@ pub mod lease;
 pub mod object;
 pub mod registration;
 mod shared;
+pub mod spread;
 pub mod status;
 mod upkeep;
 
