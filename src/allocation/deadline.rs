@@ -7,14 +7,33 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::ask::Answer;
-use super::{Fact, TimeLimit};
+use super::{Allocation, Fact, Task, TimeLimit};
 
 /// Between two questions when all is well: half of what sites ask of their users at most (a question in 60 s), and the
 /// time within which a changed limit is noticed.
 pub const POLL: Duration = Duration::from_secs(120);
 
-/// The longest time between two questions of the tasks that are not a job's first, however many nodes it has.
+/// The longest time between two questions of the tasks that are not a job's first, however many nodes it has, and of the
+/// jobs of an array, however many there are.
 const POLL_OF_OTHERS: Duration = Duration::from_secs(30 * 60);
+
+/// All jobs of an array together ask no more often than this: slurmctld's limiter, where a site has it on, gives a user two
+/// requests a second (slurm.conf(5), rl_refill_rate), and half of them are left to the user.
+const ARRAY_POLL: Duration = Duration::from_secs(1);
+
+/// What each of the pilots adds that want an answer at the same moment, since all of them got the same signal: the same
+/// limiter's two a second; its 30 at once (rl_bucket_size) are left to the user.
+const ASK_EACH: Duration = Duration::from_millis(500);
+
+/// The most that a question waits for its turn. The warning signal of our scripts comes 180 s before the end.
+const ASK_MOST: Duration = Duration::from_secs(30);
+
+/// The same for the start of pilots that a batch system starts together: a hundred Nodes a second, each of which costs an
+/// API server some ten requests …
+const START_EACH: Duration = Duration::from_millis(10);
+
+/// … and no pilot of the largest job waits longer for its turn.
+const START_MOST: Duration = Duration::from_secs(10);
 
 /// The longest time between two questions while the batch system does not answer.
 const BACK_OFF: Duration = Duration::from_secs(15 * 60);
@@ -77,10 +96,66 @@ pub struct Pace {
     pub rank: u32,
     /// The job's nodes, each with a pilot.
     pub nodes: u32,
+    /// The jobs of its array; 1 without one.
+    pub array: u32,
     /// Makes its jitter its own: see [`seed`].
     pub seed: u64,
     /// Between two questions of rank 0.
     pub poll: Duration,
+}
+
+impl Pace {
+    /// The pace of an allocation's pilot, when the first of a job asks every `poll`.
+    #[must_use]
+    pub fn of(allocation: &Allocation, poll: Duration) -> Self {
+        let Task { rank, nodes, array, .. } = allocation.task;
+        let job = allocation.job_id.as_ref().map_or("", |id| id.value.as_str());
+        Self { rank, nodes, array, seed: seed(job, &allocation.host, rank), poll }
+    }
+
+    /// How long this pilot waits with a question that all pilots of its job and array want to put at the same moment.
+    #[must_use]
+    pub fn turn_to_ask(&self, count: u64) -> Duration {
+        self.turn(ASK_EACH, ASK_MOST, count)
+    }
+
+    /// How long this pilot waits at its start for the others of its job and array.
+    #[must_use]
+    pub fn turn_to_start(&self) -> Duration {
+        self.turn(START_EACH, START_MOST, u64::MAX)
+    }
+
+    fn turn(&self, each: Duration, most: Duration, count: u64) -> Duration {
+        let others = self.nodes.max(1).saturating_mul(self.array.max(1)) - 1;
+        each.saturating_mul(others).min(most).mul_f64(self.chance(count))
+    }
+
+    /// From 0 to 1, another one for each count, and always the same.
+    fn chance(&self, count: u64) -> f64 {
+        f64::from(u32::try_from(hash(&(self.seed, count)) >> 32).unwrap_or(0)) / f64::from(u32::MAX)
+    }
+
+    /// What `base` becomes where others of the job or the array ask as well.
+    fn spread_out(&self, base: Duration) -> Duration {
+        let of_array = if self.array > 1 { base.max(ARRAY_POLL.saturating_mul(self.array)) } else { base };
+        let spread = if self.rank == 0 { 1 } else { self.nodes.max(1) };
+        of_array.saturating_mul(spread).min(POLL_OF_OTHERS.max(base))
+    }
+}
+
+/// How long to wait before the first question, when what is known was told so long ago; none: nothing is known.
+///
+/// A variable of a job that has just started is true, so the pilots that start with it ask at different times within the
+/// regular interval. One that is older may not be (a pilot that was restarted, a limit that was changed since), and an
+/// unknown limit is wanted: as soon as after a question without an answer.
+#[must_use]
+pub fn first_delay(pace: &Pace, told: Option<Duration>) -> Duration {
+    let soon = FIRST_RETRY.min(pace.poll);
+    if told.is_none_or(|ago| ago > FIRST_RETRY) {
+        return next_delay(pace, 0, 1, None);
+    }
+    let regular = pace.spread_out(pace.poll);
+    soon + regular.saturating_sub(soon).mul_f64(pace.chance(0))
 }
 
 /// A number that differs between jobs and their tasks.
@@ -98,22 +173,20 @@ fn hash(value: &impl Hash) -> u64 {
 /// How long to wait before question `count`, after `failures` questions in a row without an answer, when `left` remains
 /// until the end, where one is known.
 ///
-/// The first task of a job asks every [`POLL`] to 1.1 of it. The others together ask about as often as it does, each at
-/// least every 30 min. Without answers the waits double up to 15 min; a first task then waits no longer than a tenth of
+/// The first task of a job asks every [`POLL`] to 1.1 of it, in a large array once a second in turn with its other jobs. The
+/// others together ask about as often as it does, each at least every 30 min. Without answers the waits double up to 15 min; a first task then waits no longer than a tenth of
 /// what is left.
 #[must_use]
 pub fn next_delay(pace: &Pace, count: u64, failures: u32, left: Option<Duration>) -> Duration {
     let first = pace.rank == 0;
-    let jitter = f64::from(u32::try_from(hash(&(pace.seed, count)) >> 32).unwrap_or(0)) / f64::from(u32::MAX);
-    let spread = if first { 1 } else { pace.nodes.max(1) };
-    let spread_out = |base: Duration| base.saturating_mul(spread).min(POLL_OF_OTHERS.max(base));
-    let regular = spread_out(pace.poll);
+    let jitter = pace.chance(count);
+    let regular = pace.spread_out(pace.poll);
     if failures == 0 {
         // Never earlier than the poll interval: that is what a site's limit is about.
         let factor = if first { 1.0 + jitter / 10.0 } else { 0.75 + jitter / 2.0 };
         return regular.mul_f64(factor).max(pace.poll);
     }
-    let base = if left.is_some() { regular } else { spread_out(FIRST_RETRY.min(pace.poll)) };
+    let base = if left.is_some() { regular } else { pace.spread_out(FIRST_RETRY.min(pace.poll)) };
     // 2^10 is beyond every bound.
     let doubled = base.saturating_mul(1 << (failures - 1).min(10)).min(BACK_OFF.max(base));
     let bound = match left {
@@ -343,7 +416,44 @@ mod tests {
     }
 
     fn pace(rank: u32, nodes: u32) -> Pace {
-        Pace { rank, nodes, seed: seed("120", "n1", rank), poll: POLL }
+        Pace { rank, nodes, array: 1, seed: seed("120", "n1", rank), poll: POLL }
+    }
+
+    #[test]
+    fn pilots_that_start_together_ask_first_at_different_times() {
+        let of = |job: u32, array| Pace { array, seed: seed(&job.to_string(), "n1", 0), ..pace(0, 1) };
+        let mut tenths = [0; 10];
+        for job in 0..1000 {
+            let wait = first_delay(&of(job, 1), Some(secs(1)));
+            assert!((secs(10)..=POLL).contains(&wait), "{wait:?}");
+            tenths[usize::try_from((wait.as_secs() - 10) / 11).unwrap().min(9)] += 1;
+            // What is old, or not known at all, is asked for soon.
+            assert!(first_delay(&of(job, 1), Some(secs(11))) <= secs(10));
+            assert!(first_delay(&of(job, 1), None) <= secs(10));
+        }
+        assert!(tenths.iter().all(|count| (70..130).contains(count)), "{tenths:?}");
+    }
+
+    #[test]
+    fn a_large_array_asks_once_a_second_and_a_small_one_as_its_jobs_would() {
+        let wait = |array| next_delay(&Pace { array, ..pace(0, 1) }, 1, 0, Some(secs(7200)));
+        assert!(wait(100) <= POLL.mul_f64(1.1));
+        assert!((secs(1000)..=secs(1100)).contains(&wait(1000)), "{:?}", wait(1000));
+        assert!((POLL_OF_OTHERS..=POLL_OF_OTHERS.mul_f64(1.1)).contains(&wait(u32::MAX)));
+    }
+
+    #[test]
+    fn who_is_alone_has_its_turn_at_once_and_no_turn_comes_late() {
+        let of = |rank, nodes, array| Pace { array, ..pace(rank, nodes) };
+        assert_eq!(of(0, 1, 1).turn_to_ask(3), Duration::ZERO);
+        assert_eq!(of(0, 0, 0).turn_to_start(), Duration::ZERO);
+        for rank in 0..64 {
+            assert!(of(rank, 64, 1).turn_to_ask(3) <= secs(30));
+            assert!(of(rank, 64, 1).turn_to_start() <= Duration::from_millis(630));
+            assert!(of(rank, 64, 1000).turn_to_start() <= START_MOST);
+        }
+        let late = (0..64).filter(|rank| of(*rank, 64, 1).turn_to_ask(3) > secs(15)).count();
+        assert!((20..44).contains(&late), "{late} of 64 in the second half");
     }
 
     #[test]

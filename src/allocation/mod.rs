@@ -136,6 +136,8 @@ pub struct Task {
     pub nodes: u32,
     /// How many tasks were started together with this one.
     pub tasks: u32,
+    /// How many jobs the job's array has, where that is told; 1 without an array.
+    pub array: u32,
 }
 
 /// What was granted on this host.
@@ -228,7 +230,7 @@ impl Job {
             cluster: None,
             host: None,
             hosts: None,
-            task: Task { rank: 0, nodes: 1, tasks: 1 },
+            task: Task { rank: 0, nodes: 1, tasks: 1, array: 1 },
             started: None,
             cpus: None,
             gpus: None,

@@ -312,8 +312,8 @@ pub(super) fn describe(env: &Environment, hostname: &str, qstat: Option<&QstatJo
         }),
         host: None,
         // One pilot a host: the host's number tells who asks first. PBS_TASKNUM would not, since with pbsdsh the
-        // job's script is task 1 and no pilot.
-        task: Task { rank, nodes, tasks: nodes },
+        // job's script is task 1 and no pilot. How many jobs an array has PBS does not tell.
+        task: Task { rank, nodes, tasks: nodes, array: 1 },
         hosts,
         started: qstat.and_then(QstatJob::started).map(|started| Fact::new(started, "qstat stime")),
         // NCPUS is the first chunk's alone: less than the grant at worst.

@@ -144,7 +144,7 @@ fn the_job_is_described_from_its_environment_and_qstat() {
     assert_eq!(job.array.unwrap().value, "45[].pbshost 3");
     assert_eq!(job.cluster.unwrap().value, "pbshost");
     assert_eq!(job.hosts.unwrap().value, ["n1", "n2"]);
-    assert_eq!(job.task, Task { rank: 1, nodes: 2, tasks: 2 });
+    assert_eq!(job.task, Task { rank: 1, nodes: 2, tasks: 2, array: 1 });
     assert_eq!(job.cpus.unwrap(), Fact::new(2, "NCPUS"));
 
     let qstat = QstatJob(json("rerun/qstat-f.json", "12.pbshost"));

@@ -175,6 +175,7 @@ pub(super) fn describe(env: &Environment) -> Job {
             nodes: count(&["SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES"]),
             // Of a step of srun alone: a batch script is one task, whatever the job's SLURM_NTASKS says.
             tasks: count(&["SLURM_STEP_NUM_TASKS"]),
+            array: count(&["SLURM_ARRAY_TASK_COUNT"]).max(1),
         },
         hosts: node_list,
         started: env
@@ -426,7 +427,7 @@ mod tests {
         assert_eq!(job.id.unwrap().value, "121");
         assert_eq!(job.array.unwrap().value, "120_3");
         assert_eq!(job.restart_count, 2);
-        assert_eq!(job.task, Task { rank: 0, nodes: 2, tasks: 1 });
+        assert_eq!(job.task, Task { rank: 0, nodes: 2, tasks: 1, array: 1 });
         assert_eq!(job.host.as_deref(), Some("n1"));
         assert_eq!(job.hosts.unwrap().value, ["n1", "n2"]);
         assert_eq!(job.cpus.unwrap().value, 4);
