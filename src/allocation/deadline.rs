@@ -190,7 +190,7 @@ pub fn next_delay(pace: &Pace, count: u64, failures: u32, left: Option<Duration>
     // 2^10 is beyond every bound.
     let doubled = base.saturating_mul(1 << (failures - 1).min(10)).min(BACK_OFF.max(base));
     let bound = match left {
-        Some(left) if first => (left / 10).max(NEAR_END.min(pace.poll)),
+        Some(left) if first => (left / 10).max(pace.spread_out(NEAR_END.min(pace.poll))),
         _ => doubled,
     };
     doubled.min(bound).mul_f64(0.75 + jitter / 4.0)
@@ -439,6 +439,9 @@ mod tests {
         let wait = |array| next_delay(&Pace { array, ..pace(0, 1) }, 1, 0, Some(secs(7200)));
         assert!(wait(100) <= POLL.mul_f64(1.1));
         assert!((secs(1000)..=secs(1100)).contains(&wait(1000)), "{:?}", wait(1000));
+        // Nor when it is not answered, as by a limiter, or near its end.
+        let unanswered = |left| next_delay(&Pace { array: 1000, ..pace(0, 1) }, 1, 3, Some(secs(left)));
+        assert!(unanswered(300) >= secs(700) && unanswered(86_400) >= secs(700));
         assert!((POLL_OF_OTHERS..=POLL_OF_OTHERS.mul_f64(1.1)).contains(&wait(u32::MAX)));
     }
 

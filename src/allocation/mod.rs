@@ -26,7 +26,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Serialize, Serializer};
 
 pub use ask::{AskError, Question};
-pub use deadline::Deadline;
+pub use deadline::{Deadline, Pace};
 pub use duration::{Walltime, format_clock, parse_walltime};
 pub use environment::Environment;
 pub use gpu_models::{GpuModel, gpu_models};

@@ -39,9 +39,13 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The time to the next renewal after so many, by chance.
 #[must_use]
 pub fn next_renewal(renewals: u64) -> Duration {
+    renewal_after(renewals, chance())
+}
+
+/// Chance, of a thousand.
+pub(super) fn chance() -> u32 {
     // std seeds each RandomState anew: enough chance for a jitter, without a crate for it.
-    let chance = u32::try_from(RandomState::new().build_hasher().finish() % 1001).unwrap_or_default();
-    renewal_after(renewals, chance)
+    u32::try_from(RandomState::new().build_hasher().finish() % 1001).unwrap_or_default()
 }
 
 /// The time to the next renewal after so many; `chance` is of a thousand.

@@ -11,6 +11,7 @@ pub mod handle;
 pub mod identity;
 pub mod info;
 pub mod labels;
+pub mod leader;
 pub mod lease;
 pub mod object;
 pub mod registration;

@@ -46,7 +46,7 @@ use self::state::{load_state, recover, save_state};
 pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
-use crate::allocation::{Deadline, GpuModel, Tracker, TrackerHandle, TrackerSettings};
+use crate::allocation::{Deadline, GpuModel, Pace, Tracker, TrackerHandle, TrackerSettings};
 use crate::certificates::{BootstrapError, CertificateError};
 use crate::cli::RunArgs;
 use crate::cluster::{ClusterError, Kube};
@@ -278,6 +278,10 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
     let whole = first.as_ref().map(|d| d.at.duration_since(state.first_start).unwrap_or_default());
     state.first_left = state.first_left.or(whole.map(|whole| whole.as_secs()));
     save_state(&state_dir, &state)?;
+    if !restarted() {
+        // A batch system starts all pilots of a job, and of an array, at the same moment.
+        tokio::time::sleep(Pace::of(&allocation, Duration::ZERO).turn_to_start()).await;
+    }
     let kill_wait = match args.kill_wait {
         Some(given) => given,
         None => allocation::kill_wait(&env, allocation.batch).await.value,
