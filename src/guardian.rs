@@ -290,7 +290,8 @@ impl Guardian {
                 self.hear(pilot);
                 let moved = self.word.deadline.and_then(|d| d.checked_sub(LAST_MOMENT)) != last;
                 let over = SystemTime::now().duration_since(at).unwrap_or_default();
-                let given = reprieve.filter(|(deadline, _)| *deadline == at).map(|(_, since)| since.elapsed());
+                let given =
+                    reprieve.filter(|(deadline, _)| *deadline == at).map(|(_, since)| since.elapsed());
                 let more = reprieve_left(over, given);
                 if !moved && more.is_zero() {
                     let _ = kill(pilot.pid, Signal::SIGKILL);
@@ -298,7 +299,9 @@ impl Guardian {
                 }
                 if !moved {
                     if given.is_none() {
-                        say!("warning: this job stood still until after its deadline; the pilot asks whether it has moved");
+                        say!(
+                            "warning: this job stood still until after its deadline; the pilot asks whether it has moved"
+                        );
                         reprieve = Some((at, Instant::now()));
                     }
                     left = Some(more);

@@ -25,8 +25,9 @@ const ARRAY_POLL: Duration = Duration::from_secs(1);
 /// limiter's two a second; its 30 at once (rl_bucket_size) are left to the user.
 const ASK_EACH: Duration = Duration::from_millis(500);
 
-/// The most that a question waits for its turn. The warning signal of our scripts comes 180 s before the end.
-const ASK_MOST: Duration = Duration::from_secs(30);
+/// The most that a question waits for its turn, and no more than a quarter of what is left: the warning signal of our scripts
+/// comes 180 s before the end, and the cordon 120 s before it.
+const ASK_MOST: Duration = Duration::from_secs(45);
 
 /// The same for the start of pilots that a batch system starts together: a hundred Nodes a second, each of which costs an
 /// API server some ten requests …
@@ -113,21 +114,29 @@ impl Pace {
         Self { rank, nodes, array, seed: seed(job, &allocation.host, rank), poll }
     }
 
-    /// How long this pilot waits with a question that all pilots of its job and array want to put at the same moment.
+    /// How long this pilot waits with a question that all pilots of its job and array want to put at the same moment, when
+    /// so much is left. Near the end, and where none is known, there is no time to wait.
     #[must_use]
-    pub fn turn_to_ask(&self, count: u64) -> Duration {
-        self.turn(ASK_EACH, ASK_MOST, count)
+    pub fn turn_to_ask(&self, count: u64, left: Option<Duration>) -> Duration {
+        let most = ASK_MOST.min(left.unwrap_or_default() / 4);
+        self.together(ASK_EACH).min(most).mul_f64(self.chance(count))
     }
 
     /// How long this pilot waits at its start for the others of its job and array.
     #[must_use]
     pub fn turn_to_start(&self) -> Duration {
-        self.turn(START_EACH, START_MOST, u64::MAX)
+        self.spread_of_starts().mul_f64(self.chance(u64::MAX))
     }
 
-    fn turn(&self, each: Duration, most: Duration, count: u64) -> Duration {
-        let others = self.nodes.max(1).saturating_mul(self.array.max(1)) - 1;
-        each.saturating_mul(others).min(most).mul_f64(self.chance(count))
+    /// Over how long the starts of the job's and array's pilots are spread, and so are their ends.
+    #[must_use]
+    pub fn spread_of_starts(&self) -> Duration {
+        self.together(START_EACH).min(START_MOST)
+    }
+
+    /// So much for each of the others that do the same at the same moment.
+    fn together(&self, each: Duration) -> Duration {
+        each.saturating_mul(self.nodes.max(1).saturating_mul(self.array.max(1)) - 1)
     }
 
     /// From 0 to 1, another one for each count, and always the same.
@@ -448,15 +457,21 @@ mod tests {
     #[test]
     fn who_is_alone_has_its_turn_at_once_and_no_turn_comes_late() {
         let of = |rank, nodes, array| Pace { array, ..pace(rank, nodes) };
-        assert_eq!(of(0, 1, 1).turn_to_ask(3), Duration::ZERO);
+        let hour = Some(secs(3600));
+        assert_eq!(of(0, 1, 1).turn_to_ask(3, hour), Duration::ZERO);
         assert_eq!(of(0, 0, 0).turn_to_start(), Duration::ZERO);
         for rank in 0..64 {
-            assert!(of(rank, 64, 1).turn_to_ask(3) <= secs(30));
+            assert!(of(rank, 64, 1).turn_to_ask(3, hour) <= secs(32));
+            assert!(of(rank, 64, 1).turn_to_ask(3, Some(secs(20))) <= secs(5));
+            assert_eq!(of(rank, 64, 1).turn_to_ask(3, None), Duration::ZERO, "an end is wanted");
             assert!(of(rank, 64, 1).turn_to_start() <= Duration::from_millis(630));
             assert!(of(rank, 64, 1000).turn_to_start() <= START_MOST);
         }
-        let late = (0..64).filter(|rank| of(*rank, 64, 1).turn_to_ask(3) > secs(15)).count();
-        assert!((20..44).contains(&late), "{late} of 64 in the second half");
+        for (left, half) in [(3600, 15), (80, 10)] {
+            let turn = |rank: &u32| of(*rank, 64, 1).turn_to_ask(3, Some(secs(left)));
+            let late = (0..64).filter(|rank| turn(rank) > secs(half)).count();
+            assert!((20..44).contains(&late), "{late} of 64 in the second half");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod pbs_text;
 pub mod report;
 mod resources;
 mod slurm;
+mod slurm_config;
 #[cfg(test)]
 pub(crate) mod stand_in;
 pub mod topology;
@@ -308,13 +309,19 @@ fn hostname(env: &Environment) -> String {
     if short.is_empty() { "localhost".to_owned() } else { short.to_owned() }
 }
 
-/// What passes between the batch system's SIGTERM and its SIGKILL, less a margin. Slurm is asked once.
+/// What passes between the batch system's SIGTERM and its SIGKILL, less a margin. Slurm is asked once, where this node's
+/// slurm.conf does not say.
 pub async fn kill_wait(env: &Environment, batch: BatchSystem) -> Fact<Duration> {
     match batch {
-        BatchSystem::Slurm => match slurm::ask_kill_wait(env, command::LIMIT).await {
-            Ok(wait) => Fact::new(less_margin(wait), "KillWait of scontrol show config, less a margin"),
-            Err(error) => Fact::new(KILL_WAIT, format!("assumed: {error}")),
-        },
+        BatchSystem::Slurm => {
+            if let Some(wait) = slurm_config::kill_wait_of_node(env) {
+                return Fact::new(less_margin(wait), "KillWait of slurm.conf, less a margin");
+            }
+            match slurm_config::ask_kill_wait(env, command::LIMIT).await {
+                Ok(wait) => Fact::new(less_margin(wait), "KillWait of scontrol show config, less a margin"),
+                Err(error) => Fact::new(KILL_WAIT, format!("assumed: {error}")),
+            }
+        }
         BatchSystem::Pbs | BatchSystem::Torque => {
             Fact::new(PBS_KILL_WAIT, "assumed: PBS tells its kill_delay (10 s by default) to no job")
         }

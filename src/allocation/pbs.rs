@@ -103,7 +103,7 @@ fn pbs_exec(configuration: &str) -> Option<&str> {
     Some(value.trim().trim_matches('"')).filter(|value| value.starts_with('/'))
 }
 
-fn read_bounded(path: &Path) -> Option<String> {
+pub(super) fn read_bounded(path: &Path) -> Option<String> {
     let mut text = String::new();
     std::fs::File::open(path).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;
     Some(text)

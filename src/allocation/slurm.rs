@@ -257,35 +257,6 @@ fn expand_ranges(ranges: &str, room: usize) -> Option<Vec<String>> {
     Some(numbers)
 }
 
-/// KillWait of `scontrol show config`: what passes between SIGTERM and SIGKILL.
-///
-/// # Errors
-/// See [`AskError`].
-pub(super) async fn ask_kill_wait(env: &Environment, limit: Duration) -> Result<Duration, AskError> {
-    let output = Program::find("scontrol", env)
-        .args(["show", "config"])
-        .without(|name| name == "SLURM_CLUSTERS")
-        .run(limit)
-        .await?
-        .success()?;
-    parse_kill_wait(&output.stdout).ok_or_else(|| AskError::Unreadable {
-        command: "scontrol show config",
-        job: "(any)".to_owned(),
-        what: "it has no line `KillWait = N sec`".to_owned(),
-    })
-}
-
-/// Reads `KillWait                = 30 sec`.
-fn parse_kill_wait(config: &str) -> Option<Duration> {
-    let value = config.lines().find_map(|line| {
-        let (name, value) = line.split_once('=')?;
-        (name.trim() == "KillWait").then(|| value.trim())
-    })?;
-    let seconds: u16 = value.strip_suffix("sec").unwrap_or(value).trim().parse().ok()?;
-    // slurmd waits at least 5 s, whatever KillWait says (slurmd's req.c).
-    Some(Duration::from_secs(seconds.max(5).into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -476,15 +447,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn kill_wait_is_read_from_the_configuration() {
-        let config = "KillOnBadExit           = 0\nKillWait                = 30 sec\nLaunchType = x\n";
-        assert_eq!(parse_kill_wait(config), Some(Duration::from_secs(30)));
-        assert_eq!(parse_kill_wait("KillWait = 2 sec"), Some(Duration::from_secs(5)));
-        assert_eq!(parse_kill_wait("KillWait = soon"), None);
-        assert_eq!(parse_kill_wait(""), None);
-    }
-
     proptest! {
         #[test]
         fn no_answer_makes_a_parser_panic(
@@ -496,7 +458,6 @@ mod tests {
                 let _ = parse_time_left(text);
                 let _ = answer(text, "1", UNIX_EPOCH);
                 let _ = expand_hosts(text);
-                let _ = parse_kill_wait(text);
             }
         }
 

@@ -254,9 +254,9 @@ impl Tracker {
     }
 
     /// How long to wait with a question that all pilots of the job and its array want to put now: they got the same signal,
-    /// or were suspended together. Near the end, and where none is known, less.
+    /// or were suspended together.
     fn turn(&self, count: u64) -> Duration {
-        self.pace.turn_to_ask(count).min(self.left().unwrap_or_default() / 10)
+        self.pace.turn_to_ask(count, self.left())
     }
 
     fn left(&self) -> Option<Duration> {

@@ -365,7 +365,9 @@ mod tests {
     #[test]
     fn a_loop_that_looks_late_stood_still() {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        assert!(!stood_still(at(100), at(100)) && !stood_still(at(100), at(105)) && !stood_still(at(100), at(50)));
+        assert!(
+            !stood_still(at(100), at(100)) && !stood_still(at(100), at(105)) && !stood_still(at(100), at(50))
+        );
         assert!(stood_still(at(100), at(106)));
     }
 

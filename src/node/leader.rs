@@ -131,11 +131,17 @@ mod tests {
         let job = "45[3].pbshost";
         assert!(!leader.look(&node(&label_value(job), Some("2026-11-24T06:53:39Z")), job));
         assert!(leader.look(&node(&label_value(job), Some("2026-11-24T05:00:00Z")), job));
-        assert!(leader.look(&node(&label_value(job), Some("soon")), job), "as if it were lifted: one question more");
+        assert!(
+            leader.look(&node(&label_value(job), Some("soon")), job),
+            "as if it were lifted: one question more"
+        );
     }
 
     #[test]
     fn looks_are_about_a_minute_apart() {
-        assert_eq!((next_look(0).as_secs(), next_look(1000).as_secs(), next_look(9999).as_secs()), (45, 75, 75));
+        assert_eq!(
+            (next_look(0).as_secs(), next_look(1000).as_secs(), next_look(9999).as_secs()),
+            (45, 75, 75)
+        );
     }
 }

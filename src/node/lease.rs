@@ -201,7 +201,11 @@ mod tests {
             assert!(wait >= least && wait <= Duration::from_millis(10_400), "{wait:?}");
         }
         let seconds = |renewals, chance| renewal_after(renewals, chance).as_secs_f64();
-        assert_eq!((seconds(1, 0), seconds(1, 1000)), (0.0, 10.0), "the first parts those that began together");
+        assert_eq!(
+            (seconds(1, 0), seconds(1, 1000)),
+            (0.0, 10.0),
+            "the first parts those that began together"
+        );
         assert_eq!((seconds(2, 0), seconds(2, 1000)), (10.0, 10.4));
     }
 }

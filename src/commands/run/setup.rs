@@ -302,7 +302,9 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         args.cordon_before,
         args.drain_before,
     );
-    let stagger = Stagger::of(&name, args.stagger);
+    // Pilots that began together end together, and a thousand drains in one second are as bad as a thousand starts.
+    let together = Pace::of(&allocation, Duration::ZERO).spread_of_starts();
+    let stagger = Stagger::of(&name, args.stagger.max(together));
     // From the first start, so that a crash moves nothing.
     let known = first.as_ref().map(|d| stagger.timing(leads, d.at, state.first_start, None));
     if let (Some(known), false) = (&known, args.stagger.is_zero()) {

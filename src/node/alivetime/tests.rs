@@ -62,8 +62,13 @@ fn a_thousand_pilots_that_begin_at_once_write_evenly_over_the_minute() {
     let mut seconds = std::collections::BTreeMap::<u64, u32>::new();
     for number in 0..1000 {
         let part = Part::of(&format!("mysite-{number}-n1"));
-        let world =
-            World { drain: 14_400_000, latencies: vec![4], timer_late: 1, part: Some(part), ..World::default() };
+        let world = World {
+            drain: 14_400_000,
+            latencies: vec![4],
+            timer_late: 1,
+            part: Some(part),
+            ..World::default()
+        };
         for write in world.run(7_200_000).iter().skip(1) {
             *seconds.entry(write.begun / 1000).or_default() += 1;
         }
