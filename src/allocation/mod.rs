@@ -255,7 +255,9 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
             (question, Job::none(), answer)
         }
         BatchSystem::Slurm => {
-            let question = Question::Slurm { job: job_id(&["SLURM_JOB_ID", "SLURM_JOBID"]) };
+            let component = slurm::component(env);
+            let job = component.unwrap_or_else(|| job_id(&["SLURM_JOB_ID", "SLURM_JOBID"]));
+            let question = Question::Slurm { job };
             let told = slurm::limit_from_environment(env);
             let answer = match told {
                 Some(told) if !settings.ask_always => Ok(told),

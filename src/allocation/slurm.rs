@@ -15,6 +15,9 @@ const UNLIMITED: Duration = Duration::from_secs(364 * 86_400);
 /// The most host names that a node list is expanded to: a typing error such as `n[0-999999999]` must not fill the memory.
 const MAX_HOSTS: usize = 65_536;
 
+/// The most components of a heterogeneous job that are looked through.
+const MAX_COMPONENTS: u32 = 128;
+
 /// An end is only taken for earlier than the limit when it differs by more than what rounding explains.
 const ROUNDING: Duration = Duration::from_secs(5);
 
@@ -136,6 +139,18 @@ pub(super) fn limit_from_environment(env: &Environment) -> Option<Answer> {
 fn epoch(seconds: u64) -> Option<SystemTime> {
     // The year 9999: later ones are no times, and could not be printed.
     (seconds < 253_402_300_800).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
+}
+
+/// The id of the heterogeneous job's component that this host belongs to. A step over several components tells all of its
+/// tasks the first one's SLURM_JOB_ID, and each component has a time limit of its own.
+pub(super) fn component(env: &Environment) -> Option<String> {
+    let size: u32 = env.number("SLURM_HET_SIZE")?;
+    let host = env.filled("SLURMD_NODENAME")?;
+    let group = (0..size.min(MAX_COMPONENTS)).find(|group| {
+        let hosts = env.filled(&format!("SLURM_JOB_NODELIST_HET_GROUP_{group}")).and_then(expand_hosts);
+        hosts.is_some_and(|hosts| hosts.iter().any(|name| name == host))
+    })?;
+    env.filled(&format!("SLURM_JOB_ID_HET_GROUP_{group}")).map(str::to_owned)
 }
 
 /// What the environment says of the job, its time limit aside.
@@ -287,6 +302,30 @@ mod tests {
         for text in ["", "unlimited", "-5:00", "1-", "N/A", "2026-11-24T06:00:00"] {
             assert!(parse_time_left(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn each_part_of_a_heterogeneous_job_is_a_job_of_its_own() {
+        // As Slurm 22.05 gives them to the tasks of `srun --het-group=0,1`.
+        let of = |host: &str| {
+            component(&Environment::from_pairs([
+                ("SLURM_JOB_ID", "116440"),
+                ("SLURM_HET_SIZE", "2"),
+                ("SLURM_JOB_NODELIST", "n[1-3]"),
+                ("SLURM_JOB_ID_HET_GROUP_0", "116440"),
+                ("SLURM_JOB_ID_HET_GROUP_1", "116441"),
+                ("SLURM_JOB_NODELIST_HET_GROUP_0", "n1"),
+                ("SLURM_JOB_NODELIST_HET_GROUP_1", "n[2-3]"),
+                ("SLURMD_NODENAME", host),
+            ]))
+        };
+        assert_eq!(of("n1").as_deref(), Some("116440"));
+        assert_eq!(of("n3").as_deref(), Some("116441"));
+        assert_eq!(of("n4"), None);
+        let plain = [("SLURM_JOB_ID", "7"), ("SLURMD_NODENAME", "n1")];
+        assert_eq!(component(&Environment::from_pairs(plain)), None);
+        let endless = [("SLURM_HET_SIZE", "4294967295"), ("SLURMD_NODENAME", "n1")];
+        assert_eq!(component(&Environment::from_pairs(endless)), None);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod identity;
 mod idle;
 mod images;
 mod isolation;
+mod jobs;
 mod load;
 mod logs;
 mod memory;
