@@ -19,7 +19,8 @@ fn main() {
     println!("seed {seed}: {:.0} pilots on average, {} at most\n", pilots.mean, pilots.peak);
     println!("| a second | mean | p99 | peak |");
     println!("| --- | --- | --- | --- |");
-    let rows: [(&str, fn(&Counts) -> Rate); 8] = [
+    type Row = (&'static str, fn(&Counts) -> Rate);
+    let rows: [Row; 8] = [
         ("Nodes made", |c| rate(&c.nodes)),
         ("Nodes and Leases removed", |c| rate(&c.removals)),
         ("writes of labels, statuses and cordons", |c| rate(&c.writes)),

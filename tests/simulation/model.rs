@@ -57,7 +57,7 @@ impl Chance {
     }
 
     fn permille(&mut self) -> u32 {
-        u32::try_from(self.next() % 1001).unwrap()
+        u32::try_from(self.next() % 1001).unwrap_or_default()
     }
 }
 
