@@ -24,11 +24,16 @@ pub const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// An end that moves by no more has not moved: what is left is told in whole seconds, and computed anew each time.
 const SAME: Duration = Duration::from_secs(5);
 
-/// The time until the next look, `chance` of a thousand: three to five quarters of the interval, so that the pilots of a
-/// job do not look, nor then ask, at the same moment.
+/// The pilots of a job start together, and the first one's Node may be the last to come: it is looked for so many times more
+/// often, for a minute or so.
+const SOON: u32 = 10;
+
+/// The time until the next look after so many, `chance` of a thousand: three to five quarters of the interval, so that the
+/// pilots of a job do not look, nor then ask, at the same moment. `found`: whether the Node was seen yet.
 #[must_use]
-pub fn next_look(chance: u32) -> Duration {
-    LOOK_EVERY * (750 + chance.min(1000) / 2) / 1000
+pub fn next_look(looks: u32, found: bool, chance: u32) -> Duration {
+    let every = if found || looks > SOON { LOOK_EVERY } else { LOOK_EVERY / SOON };
+    every * (750 + chance.min(1000) / 2) / 1000
 }
 
 /// The end as the first pilot's Node says it.
@@ -67,13 +72,16 @@ impl Leader {
 /// Ends where the credential may not read other Nodes than its own.
 pub async fn follow(client: kube::Client, leader: String, job: String, moved: impl Fn() + Send) {
     let nodes: Api<Node> = Api::all(client);
-    let mut known = Leader::default();
+    let (mut known, mut looks) = (Leader::default(), 0_u32);
     loop {
+        looks = looks.saturating_add(1);
+        let first = known.seen.is_none();
         match call(nodes.get_metadata_with(&leader, &GetParams::any())).await {
             Ok(node) if known.look(&node.metadata, &job) => {
                 tracing::info!(leader, "the job's first pilot tells another end; the batch system is asked");
                 moved();
             }
+            Ok(_) if first && known.seen.is_some() => tracing::debug!(leader, "found the job's first pilot"),
             Ok(_) => {}
             Err(error) if error.kind() == Kind::Forbidden => {
                 tracing::info!(
@@ -86,7 +94,7 @@ pub async fn follow(client: kube::Client, leader: String, job: String, moved: im
             // It is not there yet, or not any more, or nobody answers: the batch system is asked now and then all the same.
             Err(error) => tracing::debug!(leader, %error, "the Node of the job's first pilot was not read"),
         }
-        tokio::time::sleep(next_look(chance())).await;
+        tokio::time::sleep(next_look(looks, known.seen.is_some(), chance())).await;
     }
 }
 
@@ -139,9 +147,9 @@ mod tests {
 
     #[test]
     fn looks_are_about_a_minute_apart() {
-        assert_eq!(
-            (next_look(0).as_secs(), next_look(1000).as_secs(), next_look(9999).as_secs()),
-            (45, 75, 75)
-        );
+        let seconds = |looks, found, chance| next_look(looks, found, chance).as_secs_f64();
+        assert_eq!((seconds(1, true, 0), seconds(1, true, 1000), seconds(9, true, 9999)), (45.0, 75.0, 75.0));
+        // One that has not come yet is looked for more often, for a while.
+        assert_eq!((seconds(1, false, 0), seconds(10, false, 1000), seconds(11, false, 0)), (4.5, 7.5, 45.0));
     }
 }

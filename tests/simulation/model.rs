@@ -225,10 +225,13 @@ pub fn run(kinds: &[Kind], seconds: usize, chance: &mut Chance, ways: Ways) -> C
             let until = (gone as usize).min(seconds);
             counts.pilots[(start as usize).min(until)..until].iter_mut().for_each(|n| *n += 1);
             if ways.spread && rank > 0 {
-                let mut at = start + REGISTRATION;
+                let (mut at, mut looks) = (start + REGISTRATION, 0);
                 while at < gone {
                     count(&mut counts.looks, at);
-                    at += next_look(chance.permille()).as_secs_f64();
+                    looks += 1;
+                    // Half of the first looks come before the first pilot has.
+                    let found = looks > 1 || chance.permille() > 500;
+                    at += next_look(looks, found, chance.permille()).as_secs_f64();
                 }
             }
             let first = if ways.spread {
