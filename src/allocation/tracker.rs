@@ -169,6 +169,10 @@ impl Tracker {
             warn_lost(reason, known.deadline().as_ref());
             told = None;
         }
+        if !matches!(allocation.question, Question::Slurm { .. }) {
+            // Torque's PBS_WALLTIME is counted from our own start, which is later than the job's.
+            told = None;
+        }
         let question = allocation.question.clone();
         let tracker = Self { question, env, settings, pace, known, published, shared, waiting };
         let first = if allocation.asked { tracker.delay(0, 0) } else { first_delay(&pace, told) };
