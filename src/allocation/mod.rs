@@ -10,6 +10,7 @@ pub mod duration;
 mod environment;
 pub mod gauge;
 mod gpu_models;
+pub mod pace;
 mod pbs;
 mod pbs_text;
 pub mod report;
@@ -27,7 +28,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Serialize, Serializer};
 
 pub use ask::{AskError, Question};
-pub use deadline::{Deadline, Pace};
+pub use deadline::Deadline;
 pub use duration::{Walltime, format_clock, parse_walltime};
 pub use environment::Environment;
 pub use gpu_models::{GpuModel, gpu_models};

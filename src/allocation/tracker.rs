@@ -15,8 +15,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
 use super::ask::{Answer, AskError, Question};
-use super::deadline::{Answering, Deadline, Known, POLL, Pace, clock_gap, first_delay, next_delay};
+use super::deadline::{Answering, Deadline, Known, clock_gap};
 use super::environment::Environment;
+use super::pace::{POLL, Pace, first_delay, next_delay};
 use super::{Allocation, command, report};
 
 /// How often the clock is looked at for gaps.

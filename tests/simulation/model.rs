@@ -8,8 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use jiriaf_pilot::allocation::Pace;
-use jiriaf_pilot::allocation::deadline::{POLL, first_delay, next_delay, seed};
+use jiriaf_pilot::allocation::pace::{POLL, Pace, first_delay, next_delay, seed};
 use jiriaf_pilot::drain::{Leads, Stagger};
 use jiriaf_pilot::node::Timing;
 use jiriaf_pilot::node::alivetime::{Plan, Published, plan};
