@@ -38,7 +38,8 @@ pilot=${JIRIAF_PILOT:-jiriaf-pilot}
 # --------------------------------------------------------------------------------------------------------
 
 options=(
-    --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 # one pilot on each node
+    --nodes="$SLURM_JOB_NUM_NODES"
+    --ntasks-per-node=1    # one pilot on each node
     --overlap              # an srun inside a pod finds the CPUs free
     --wait=0               # a pilot that ends leaves the others alone …
     --kill-on-bad-exit=0   # … and so does one that fails
@@ -46,6 +47,10 @@ options=(
     --mpi=none             # a pilot is no MPI rank, and pods that are must not find themselves in its world
     --label                # each line of output says which pilot wrote it
 )
+# A heterogeneous job (sbatch … : … script): a pilot on each node of all its components.
+if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
+    options[0]=--het-group=0-$((SLURM_HET_SIZE - 1))
+fi
 # exec: nothing is left for bash to do, and it would die of the SIGTERM that srun outlives.
 # The tasks ignore USR1 as well until the pilot has its handler; Slurm starts them with defaults.
 # shellcheck disable=SC2016 # expanded by the task

@@ -36,6 +36,13 @@ const CRASH_WINDOW: Duration = Duration::from_secs(600);
 /// ([`crate::drain::SAFETY`]), and its last half second goes to a last try of removing the Node.
 const LAST_MOMENT: Duration = Duration::from_millis(250);
 
+/// A guardian that looks so long after the deadline stood still itself, and the pilot with it: their job was suspended, or
+/// their host was. While they are, Slurm moves the end of the job.
+const STOOD_STILL: Duration = Duration::from_secs(3);
+
+/// What a pilot gets then to learn where its end is now: it asks for some seconds, and what it learns may be a drain.
+const REPRIEVE: Duration = Duration::from_secs(15);
+
 /// What containers get when the guardian gives up: what Kubernetes gives a pod that names no grace (30 s) would be more
 /// than a batch system's kill wait allows for.
 const GIVE_UP_GRACE: Duration = Duration::from_secs(5);
@@ -274,16 +281,30 @@ impl Guardian {
     /// Until the pilot has ended.
     fn watch(&mut self, pilot: &mut Pilot) -> io::Result<Ended> {
         let mut strays = false;
+        let mut reprieve: Option<(SystemTime, Instant)> = None;
         loop {
             let last = self.word.deadline.and_then(|deadline| deadline.checked_sub(LAST_MOMENT));
-            let left = last.map(|last| last.duration_since(SystemTime::now()).unwrap_or_default());
-            if left.is_some_and(|left| left.is_zero()) {
+            let mut left = last.map(|last| last.duration_since(SystemTime::now()).unwrap_or_default());
+            if let (Some(at), Some(Duration::ZERO)) = (last, left) {
                 // Its last words first: the deadline may have moved.
                 self.hear(pilot);
                 let moved = self.word.deadline.and_then(|d| d.checked_sub(LAST_MOMENT)) != last;
-                if !moved {
+                let over = SystemTime::now().duration_since(at).unwrap_or_default();
+                let given =
+                    reprieve.filter(|(deadline, _)| *deadline == at).map(|(_, since)| since.elapsed());
+                let more = reprieve_left(over, given);
+                if !moved && more.is_zero() {
                     let _ = kill(pilot.pid, Signal::SIGKILL);
                     return Ok(Ended::TooLate);
+                }
+                if !moved {
+                    if given.is_none() {
+                        say!(
+                            "warning: this job stood still until after its deadline; the pilot asks whether it has moved"
+                        );
+                        reprieve = Some((at, Instant::now()));
+                    }
+                    left = Some(more);
                 }
             }
             let mut wait = left.unwrap_or(Duration::MAX);
@@ -485,6 +506,15 @@ fn reap(pilot: Pid) -> Option<Ended> {
     }
 }
 
+/// How much longer a pilot is let live that is there so long after its last moment; `given`: how long ago it was granted that.
+fn reprieve_left(over: Duration, given: Option<Duration>) -> Duration {
+    match given {
+        Some(given) => REPRIEVE.saturating_sub(given),
+        None if over > STOOD_STILL => REPRIEVE,
+        None => Duration::ZERO,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -501,6 +531,22 @@ mod tests {
             (Signal::SIGSEGV, false),
         ] {
             assert_eq!(is_asked_for(signal, &came), asked, "{signal}");
+        }
+    }
+
+    #[test]
+    fn a_pilot_that_stood_still_over_its_deadline_gets_time_to_ask_once() {
+        let secs = Duration::from_secs;
+        for (over, given, more) in [
+            (0, None, 0),
+            (3, None, 0),
+            (4, None, 15),
+            (3600, None, 15),
+            (3605, Some(5), 10),
+            (3615, Some(15), 0),
+            (3700, Some(100), 0),
+        ] {
+            assert_eq!(reprieve_left(secs(over), given.map(secs)), secs(more), "{over} {given:?}");
         }
     }
 }

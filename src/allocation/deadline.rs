@@ -1,29 +1,12 @@
-//! The deadline: the moment at which the batch system begins to kill. What is known of it, and when to ask again,
-//! without any asking; `tracker` does that.
+//! The deadline: the moment at which the batch system begins to kill, and what is known of it. `pace` says when to ask again,
+//! and `tracker` asks.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
 use super::ask::Answer;
 use super::{Fact, TimeLimit};
-
-/// Between two questions when all is well: half of what sites ask of their users at most (a question in 60 s), and the
-/// time within which a changed limit is noticed.
-pub const POLL: Duration = Duration::from_secs(120);
-
-/// The longest time between two questions of the tasks that are not a job's first, however many nodes it has.
-const POLL_OF_OTHERS: Duration = Duration::from_secs(30 * 60);
-
-/// The longest time between two questions while the batch system does not answer.
-const BACK_OFF: Duration = Duration::from_secs(15 * 60);
-
-/// The first wait after a question without an answer when no end is known at all: then an answer matters most.
-const FIRST_RETRY: Duration = Duration::from_secs(10);
-
-/// Near the end a question is never asked more often than this for want of an answer.
-const NEAR_END: Duration = Duration::from_secs(30);
 
 /// Ends that differ by no more are the same: what is left is told in whole seconds, of which the question may straddle
 /// one or two. The later one is right, since each is computed from before the question.
@@ -68,59 +51,6 @@ pub fn combine(
     ];
     let others = others.into_iter().filter_map(|(at, source)| Some(Fact::new(at?, source)));
     batch.into_iter().chain(others).min_by_key(|end| end.value)
-}
-
-/// How a pilot paces its questions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pace {
-    /// Its rank among the pilots of the job.
-    pub rank: u32,
-    /// The job's nodes, each with a pilot.
-    pub nodes: u32,
-    /// Makes its jitter its own: see [`seed`].
-    pub seed: u64,
-    /// Between two questions of rank 0.
-    pub poll: Duration,
-}
-
-/// A number that differs between jobs and their tasks.
-#[must_use]
-pub fn seed(job: &str, host: &str, rank: u32) -> u64 {
-    hash(&(job, host, rank))
-}
-
-fn hash(value: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    value.hash(&mut hasher);
-    hasher.finish()
-}
-
-/// How long to wait before question `count`, after `failures` questions in a row without an answer, when `left` remains
-/// until the end, where one is known.
-///
-/// The first task of a job asks every [`POLL`] to 1.1 of it. The others together ask about as often as it does, each at
-/// least every 30 min. Without answers the waits double up to 15 min; a first task then waits no longer than a tenth of
-/// what is left.
-#[must_use]
-pub fn next_delay(pace: &Pace, count: u64, failures: u32, left: Option<Duration>) -> Duration {
-    let first = pace.rank == 0;
-    let jitter = f64::from(u32::try_from(hash(&(pace.seed, count)) >> 32).unwrap_or(0)) / f64::from(u32::MAX);
-    let spread = if first { 1 } else { pace.nodes.max(1) };
-    let spread_out = |base: Duration| base.saturating_mul(spread).min(POLL_OF_OTHERS.max(base));
-    let regular = spread_out(pace.poll);
-    if failures == 0 {
-        // Never earlier than the poll interval: that is what a site's limit is about.
-        let factor = if first { 1.0 + jitter / 10.0 } else { 0.75 + jitter / 2.0 };
-        return regular.mul_f64(factor).max(pace.poll);
-    }
-    let base = if left.is_some() { regular } else { spread_out(FIRST_RETRY.min(pace.poll)) };
-    // 2^10 is beyond every bound.
-    let doubled = base.saturating_mul(1 << (failures - 1).min(10)).min(BACK_OFF.max(base));
-    let bound = match left {
-        Some(left) if first => (left / 10).max(NEAR_END.min(pace.poll)),
-        _ => doubled,
-    };
-    doubled.min(bound).mul_f64(0.75 + jitter / 4.0)
 }
 
 /// Whether the clock of the wall moved otherwise than the interval between two ticks explains: a suspended host, a
@@ -230,7 +160,6 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
     use std::time::UNIX_EPOCH;
 
     fn at(seconds: u64) -> SystemTime {
@@ -342,30 +271,6 @@ mod tests {
         assert_eq!(known.deadline().unwrap().at, at(70));
     }
 
-    fn pace(rank: u32, nodes: u32) -> Pace {
-        Pace { rank, nodes, seed: seed("120", "n1", rank), poll: POLL }
-    }
-
-    #[test]
-    fn waits_grow_without_answers_and_shrink_towards_the_end() {
-        let first = pace(0, 1);
-        let wait = |failures, left: Option<u64>| next_delay(&first, 1, failures, left.map(secs));
-        assert!(wait(1, None) <= secs(10));
-        assert!(wait(3, None) > wait(2, None));
-        assert!(wait(60, None) <= BACK_OFF && wait(60, None) >= BACK_OFF.mul_f64(0.7));
-        assert!(wait(60, Some(3600)) <= secs(360));
-        assert!(wait(60, Some(0)) <= secs(30) && wait(60, Some(0)) >= secs(20));
-    }
-
-    #[test]
-    fn the_tasks_of_a_large_job_do_not_ask_at_once() {
-        let waits: Vec<_> =
-            (1..100).map(|rank| next_delay(&pace(rank, 100), 0, 0, Some(secs(7200)))).collect();
-        assert!(waits.iter().all(|wait| *wait >= secs(1300)), "{waits:?}");
-        let distinct: std::collections::BTreeSet<_> = waits.iter().map(Duration::as_secs).collect();
-        assert!(distinct.len() > 50, "{distinct:?}");
-    }
-
     #[test]
     fn a_late_tick_and_a_clock_that_was_set_are_gaps() {
         let tick = secs(5);
@@ -374,23 +279,5 @@ mod tests {
         assert!(clock_gap(at(100), at(136), tick));
         assert!(!clock_gap(at(100), at(90), tick));
         assert!(clock_gap(at(100), at(60), tick));
-    }
-
-    proptest! {
-        #[test]
-        fn waits_stay_within_their_bounds(
-            rank in 0u32..3000, nodes in 0u32..3000, count: u64, failures in 0u32..5000, left in proptest::option::of(0u64..10_000_000),
-        ) {
-            let wait = next_delay(&pace(rank, nodes), count, failures, left.map(secs));
-            prop_assert!(wait >= secs(7));
-            prop_assert!(wait <= POLL_OF_OTHERS.mul_f64(1.25));
-            if failures == 0 {
-                prop_assert!(wait >= POLL);
-                prop_assert!(rank > 0 || wait <= POLL.mul_f64(1.1));
-            }
-            if let (0, Some(left)) = (rank, left) && failures > 0 {
-                prop_assert!(wait <= secs(left / 10 + 1).max(secs(30)));
-            }
-        }
     }
 }

@@ -115,7 +115,7 @@ async fn without_a_batch_system_there_is_no_limit_and_all_of_the_mask() {
 async fn kill_wait_is_what_slurm_says_less_a_margin() {
     let config = "echo 'KillOnBadExit = 0'; echo 'KillWait                = 30 sec'";
     let stand_in = StandIn::new().script("scontrol", config);
-    let env = stand_in.environment([]);
+    let env = stand_in.environment([("SLURM_CONF", "/nonexistent/slurm.conf")]);
     let seconds = async |batch| kill_wait(&env, batch).await.value.as_secs();
     assert_eq!(seconds(BatchSystem::Slurm).await, 27);
     assert_eq!(seconds(BatchSystem::Pbs).await, 8);
@@ -123,6 +123,11 @@ async fn kill_wait_is_what_slurm_says_less_a_margin() {
     assert_eq!(seconds(BatchSystem::None).await, 25);
     stand_in.rewrite("scontrol", "exit 1");
     assert_eq!(seconds(BatchSystem::Slurm).await, 25);
+    // This node's own file says it: nobody is asked.
+    std::fs::write(stand_in.path().join("slurm.conf"), "KillWait=60\n").unwrap();
+    let conf = stand_in.path().join("slurm.conf");
+    let env = stand_in.environment([("SLURM_CONF", conf.to_str().unwrap())]);
+    assert_eq!(kill_wait(&env, BatchSystem::Slurm).await.value.as_secs(), 54);
     for (wait, left) in [(5, 3), (30, 27), (300, 270), (1, 0)] {
         assert_eq!(less_margin(Duration::from_secs(wait)), Duration::from_secs(left));
     }

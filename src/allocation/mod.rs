@@ -11,11 +11,13 @@ pub mod duration;
 mod environment;
 pub mod gauge;
 mod gpu_models;
+pub mod pace;
 mod pbs;
 mod pbs_text;
 pub mod report;
 mod resources;
 mod slurm;
+mod slurm_config;
 #[cfg(test)]
 pub(crate) mod stand_in;
 pub mod topology;
@@ -137,6 +139,8 @@ pub struct Task {
     pub nodes: u32,
     /// How many tasks were started together with this one.
     pub tasks: u32,
+    /// How many jobs the job's array has, where that is told; 1 without an array.
+    pub array: u32,
 }
 
 /// What was granted on this host.
@@ -232,7 +236,7 @@ impl Job {
             cluster: None,
             host: None,
             hosts: None,
-            task: Task { rank: 0, nodes: 1, tasks: 1 },
+            task: Task { rank: 0, nodes: 1, tasks: 1, array: 1 },
             started: None,
             cpus: None,
             gpus: None,
@@ -256,7 +260,9 @@ pub async fn detect(env: &Environment, settings: &DetectSettings) -> Allocation 
             (question, Job::none(), answer)
         }
         BatchSystem::Slurm => {
-            let question = Question::Slurm { job: job_id(&["SLURM_JOB_ID", "SLURM_JOBID"]) };
+            let component = slurm::component(env);
+            let job = component.unwrap_or_else(|| job_id(&["SLURM_JOB_ID", "SLURM_JOBID"]));
+            let question = Question::Slurm { job };
             let told = slurm::limit_from_environment(env);
             let answer = match told {
                 Some(told) if !settings.ask_always => Ok(told),
@@ -311,13 +317,19 @@ fn hostname(env: &Environment) -> String {
     if short.is_empty() { "localhost".to_owned() } else { short.to_owned() }
 }
 
-/// What passes between the batch system's SIGTERM and its SIGKILL, less a margin. Slurm is asked once.
+/// What passes between the batch system's SIGTERM and its SIGKILL, less a margin. Slurm is asked once, where this node's
+/// slurm.conf does not say.
 pub async fn kill_wait(env: &Environment, batch: BatchSystem) -> Fact<Duration> {
     match batch {
-        BatchSystem::Slurm => match slurm::ask_kill_wait(env, command::LIMIT).await {
-            Ok(wait) => Fact::new(less_margin(wait), "KillWait of scontrol show config, less a margin"),
-            Err(error) => Fact::new(KILL_WAIT, format!("assumed: {error}")),
-        },
+        BatchSystem::Slurm => {
+            if let Some(wait) = slurm_config::kill_wait_of_node(env) {
+                return Fact::new(less_margin(wait), "KillWait of slurm.conf, less a margin");
+            }
+            match slurm_config::ask_kill_wait(env, command::LIMIT).await {
+                Ok(wait) => Fact::new(less_margin(wait), "KillWait of scontrol show config, less a margin"),
+                Err(error) => Fact::new(KILL_WAIT, format!("assumed: {error}")),
+            }
+        }
         BatchSystem::Pbs | BatchSystem::Torque => {
             Fact::new(PBS_KILL_WAIT, "assumed: PBS tells its kill_delay (10 s by default) to no job")
         }

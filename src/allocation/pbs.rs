@@ -103,7 +103,7 @@ fn pbs_exec(configuration: &str) -> Option<&str> {
     Some(value.trim().trim_matches('"')).filter(|value| value.starts_with('/'))
 }
 
-fn read_bounded(path: &Path) -> Option<String> {
+pub(super) fn read_bounded(path: &Path) -> Option<String> {
     let mut text = String::new();
     std::fs::File::open(path).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;
     Some(text)
@@ -312,8 +312,8 @@ pub(super) fn describe(env: &Environment, hostname: &str, qstat: Option<&QstatJo
         }),
         host: None,
         // One pilot a host: the host's number tells who asks first. PBS_TASKNUM would not, since with pbsdsh the
-        // job's script is task 1 and no pilot.
-        task: Task { rank, nodes, tasks: nodes },
+        // job's script is task 1 and no pilot. How many jobs an array has PBS does not tell.
+        task: Task { rank, nodes, tasks: nodes, array: 1 },
         hosts,
         started: qstat.and_then(QstatJob::started).map(|started| Fact::new(started, "qstat stime")),
         // NCPUS is the first chunk's alone: less than the grant at worst.

@@ -61,10 +61,70 @@ fn every_recorded_walltime_and_size_is_read() {
 }
 
 #[test]
-fn a_job_that_waits_has_no_end() {
-    let job = QstatJob(json("states/qstat-f-Q.json", "47.pbshost"));
-    let error = job.answer(far(), far()).unwrap_err().to_string();
-    assert!(error.contains("no start time (job state Q)"), "{error}");
+fn a_job_that_does_not_run_has_no_end() {
+    // Queued, held, held by a dependency, waiting for its time, deleted while it was queued.
+    for (name, state) in
+        [("f-Q", "Q"), ("f-H", "H"), ("f-D", "H"), ("f-W", "W"), ("x-f-deleted-while-queued", "F")]
+    {
+        let job = QstatJob(json(&format!("states/qstat-{name}.json"), ""));
+        let error = job.answer(far(), far()).unwrap_err().to_string();
+        assert!(error.contains(&format!("no start time (job state {state})")), "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_job_that_was_deleted_is_told_all_of_its_walltime() {
+    // Exit_status 271, and start and walltime as ever: why PBS is not asked once a SIGTERM has come.
+    assert_eq!(limit("qstat-x-f-qdel.json", ""), TimeLimit::Ends(at("2026-11-24T06:55:09Z")));
+}
+
+#[test]
+fn the_first_seconds_of_a_job_tell_its_end_already() {
+    // Substate 41: no session_id, no jobdir, no resources_used.
+    let mut job = json("qstat-f-running.json", "0.pbshost");
+    let count = job.attributes.len();
+    job.attributes
+        .retain(|name, _| !name.starts_with("resources_used") && name != "session_id" && name != "jobdir");
+    assert!(job.attributes.len() + 5 < count, "the recorded job had them");
+    let answer = QstatJob(job.clone()).answer(far(), far()).unwrap();
+    assert_eq!(answer.limit, TimeLimit::Ends(at("2026-11-24T06:53:39Z")));
+    assert_eq!(QstatJob(job).grant("pbshost", 0).cpus, Some(Fact::new(1, "qstat exec_vnode ncpus")));
+}
+
+#[test]
+fn an_array_is_not_one_of_its_jobs() {
+    let of = |id| match parse_json(&recorded("array/qstat-t-f.json"), id) {
+        Json::Job(job) => job.id,
+        other => panic!("{id}: {other:?}"),
+    };
+    for id in ["45[3].pbshost", "45[6].pbshost", "45[].pbshost"] {
+        assert_eq!(of(id), id);
+    }
+    // The server's name may be another one, in full or not.
+    assert_eq!(of("45[6].pbshost.site.edu"), "45[6].pbshost");
+    assert_eq!(parse_json(&recorded("array/qstat-t-f.json"), "45[4].pbshost"), Json::NoJob);
+    // Its own end is no job's.
+    let parent = QstatJob(json("array/qstat-f-parent.json", "45[].pbshost"));
+    assert_eq!(parent.get("job_state"), Some("B"));
+}
+
+#[test]
+fn a_task_of_pbsdsh_knows_its_job_by_its_bare_environment_and_qstat() {
+    let text = recorded("pbsdsh/dsh.o46");
+    let bare = text.split("== pbsdsh env\n").nth(1).unwrap().split("rc=0").next().unwrap();
+    let env = Environment::from_pairs(bare.lines().filter_map(|line| line.split_once('=')));
+    for absent in ["USER", "LOGNAME", "SHELL", "PBS_NODEFILE"] {
+        assert_eq!(env.get(absent), None, "{absent}");
+    }
+    assert!(!is_torque(&env));
+    let qstat = QstatJob(json("qstat-f-running.json", "0.pbshost"));
+    let job = describe(&env, "pbshost", Some(&qstat));
+    assert_eq!(job.id.unwrap(), Fact::new("46.pbshost".to_owned(), "PBS_JOBID"));
+    assert_eq!(job.hosts.unwrap(), Fact::new(vec!["pbshost".to_owned()], "qstat exec_host"));
+    assert_eq!(job.task, Task { rank: 0, nodes: 1, tasks: 1, array: 1 });
+    // Where no qstat answers either.
+    let job = describe(&env, "pbshost", None);
+    assert_eq!((job.hosts, job.cpus), (None, Some(Fact::new(1, "NCPUS"))));
 }
 
 #[test]
@@ -144,7 +204,7 @@ fn the_job_is_described_from_its_environment_and_qstat() {
     assert_eq!(job.array.unwrap().value, "45[].pbshost 3");
     assert_eq!(job.cluster.unwrap().value, "pbshost");
     assert_eq!(job.hosts.unwrap().value, ["n1", "n2"]);
-    assert_eq!(job.task, Task { rank: 1, nodes: 2, tasks: 2 });
+    assert_eq!(job.task, Task { rank: 1, nodes: 2, tasks: 2, array: 1 });
     assert_eq!(job.cpus.unwrap(), Fact::new(2, "NCPUS"));
 
     let qstat = QstatJob(json("rerun/qstat-f.json", "12.pbshost"));
@@ -208,6 +268,48 @@ async fn a_job_that_qstat_does_not_know_is_an_error_with_its_reason() {
         let error = ask(&stand_in.environment([]), "0.pbshost", false, LIMIT).await.unwrap_err();
         assert!(matches!(error, AskError::NotKnown { .. }), "{error}");
         assert!(error.to_string().contains("qstat: as recorded"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_is_told_from_a_job_that_is_gone() {
+    // What qstat said each second, while its server was stopped and started again: rc 255, and JSON without a job.
+    let all = recorded("serverdown/in-job-poll.txt");
+    let down: Vec<&str> = all.lines().filter(|line| line.contains(" rc=255 ")).collect();
+    assert!(down.len() > 10, "{} lines", down.len());
+    let without = "{\n\t\"timestamp\":\t1795504126,\n\t\"pbs_server\":\t\"pbshost\"\n}\n";
+    for line in [down[0], down[1]] {
+        let said = line.split(" took=").nth(1).unwrap().split_once(' ').unwrap().1.split('{').next().unwrap();
+        let stand_in = StandIn::new();
+        stand_in.rewrite("qstat", &format!("echo '{}' >&2; printf '%s' '{without}'; exit 255", said.trim()));
+        let error = ask(&stand_in.environment([]), "150.pbshost", false, LIMIT).await.unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("cannot connect to server pbshost"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_hung_server_and_an_absent_qstat_are_answers_soon() {
+    let stand_in = StandIn::new().script("qstat", "exec sleep 60");
+    let began = std::time::Instant::now();
+    let short = Duration::from_millis(300);
+    let error = ask(&stand_in.environment([]), "0.pbshost", false, short).await.unwrap_err();
+    assert!(
+        matches!(error, AskError::Command(_)) && error.to_string().contains("no answer in 0.3 s"),
+        "{error}"
+    );
+    // It is not asked for text as well: it would hang as long again.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+
+    // As on many compute nodes.
+    let env = Environment::from_pairs([
+        ("PATH", "/nonexistent/a"),
+        ("PBS_O_PATH", "/nonexistent/b"),
+        ("PBS_CONF_FILE", "/nonexistent/pbs.conf"),
+    ]);
+    let error = ask(&env, "0.pbshost", false, LIMIT).await.unwrap_err().to_string();
+    for place in ["/nonexistent/a", "/nonexistent/b", "/nonexistent/pbs.conf", "qstat"] {
+        assert!(error.contains(place), "{error}");
     }
 }
 

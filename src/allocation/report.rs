@@ -98,7 +98,7 @@ pub fn render(allocation: &Allocation, deadline: Option<&Deadline>, now: SystemT
         row("hosts", format!("{}: {}", hosts.value.len(), list(&hosts.value)), &hosts.source);
     }
     if a.task.nodes > 1 || a.task.tasks > 1 {
-        let Task { rank, nodes, tasks } = a.task;
+        let Task { rank, nodes, tasks, .. } = a.task;
         row("task", format!("rank {rank} of {tasks} tasks on {nodes} nodes"), "environment");
     }
     if let Some(started) = &a.started {
@@ -190,7 +190,7 @@ mod tests {
             cluster: None,
             host: "n1".to_owned(),
             hosts: Some(Fact::new((1..=20).map(|n| format!("n{n}")).collect(), "SLURM_JOB_NODELIST")),
-            task: Task { rank: 3, nodes: 20, tasks: 20 },
+            task: Task { rank: 3, nodes: 20, tasks: 20, array: 1 },
             limit: Fact::new(TimeLimit::Ends(UNIX_EPOCH + Duration::from_secs(7200)), "squeue %L"),
             started: Some(Fact::new(UNIX_EPOCH, "SLURM_JOB_START_TIME")),
             cpus: Fact::new(vec![0, 1, 2, 5], "affinity mask"),

@@ -15,6 +15,9 @@ const UNLIMITED: Duration = Duration::from_secs(364 * 86_400);
 /// The most host names that a node list is expanded to: a typing error such as `n[0-999999999]` must not fill the memory.
 const MAX_HOSTS: usize = 65_536;
 
+/// The most components of a heterogeneous job that are looked through.
+const MAX_COMPONENTS: u32 = 128;
+
 /// An end is only taken for earlier than the limit when it differs by more than what rounding explains.
 const ROUNDING: Duration = Duration::from_secs(5);
 
@@ -138,6 +141,18 @@ fn epoch(seconds: u64) -> Option<SystemTime> {
     (seconds < 253_402_300_800).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
+/// The id of the heterogeneous job's component that this host belongs to. A step over several components tells all of its
+/// tasks the first one's SLURM_JOB_ID, and each component has a time limit of its own.
+pub(super) fn component(env: &Environment) -> Option<String> {
+    let size: u32 = env.number("SLURM_HET_SIZE")?;
+    let host = env.filled("SLURMD_NODENAME")?;
+    let group = (0..size.min(MAX_COMPONENTS)).find(|group| {
+        let hosts = env.filled(&format!("SLURM_JOB_NODELIST_HET_GROUP_{group}")).and_then(expand_hosts);
+        hosts.is_some_and(|hosts| hosts.iter().any(|name| name == host))
+    })?;
+    env.filled(&format!("SLURM_JOB_ID_HET_GROUP_{group}")).map(str::to_owned)
+}
+
 /// What the environment says of the job, its time limit aside.
 pub(super) fn describe(env: &Environment) -> Job {
     let fact = |name: &str| env.filled(name).map(|value| Fact::new(value.to_owned(), name));
@@ -175,6 +190,7 @@ pub(super) fn describe(env: &Environment) -> Job {
             nodes: count(&["SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES"]),
             // Of a step of srun alone: a batch script is one task, whatever the job's SLURM_NTASKS says.
             tasks: count(&["SLURM_STEP_NUM_TASKS"]),
+            array: count(&["SLURM_ARRAY_TASK_COUNT"]).max(1),
         },
         hosts: node_list,
         started: env
@@ -256,35 +272,6 @@ fn expand_ranges(ranges: &str, room: usize) -> Option<Vec<String>> {
     Some(numbers)
 }
 
-/// KillWait of `scontrol show config`: what passes between SIGTERM and SIGKILL.
-///
-/// # Errors
-/// See [`AskError`].
-pub(super) async fn ask_kill_wait(env: &Environment, limit: Duration) -> Result<Duration, AskError> {
-    let output = Program::find("scontrol", env)
-        .args(["show", "config"])
-        .without(|name| name == "SLURM_CLUSTERS")
-        .run(limit)
-        .await?
-        .success()?;
-    parse_kill_wait(&output.stdout).ok_or_else(|| AskError::Unreadable {
-        command: "scontrol show config",
-        job: "(any)".to_owned(),
-        what: "it has no line `KillWait = N sec`".to_owned(),
-    })
-}
-
-/// Reads `KillWait                = 30 sec`.
-fn parse_kill_wait(config: &str) -> Option<Duration> {
-    let value = config.lines().find_map(|line| {
-        let (name, value) = line.split_once('=')?;
-        (name.trim() == "KillWait").then(|| value.trim())
-    })?;
-    let seconds: u16 = value.strip_suffix("sec").unwrap_or(value).trim().parse().ok()?;
-    // slurmd waits at least 5 s, whatever KillWait says (slurmd's req.c).
-    Some(Duration::from_secs(seconds.max(5).into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,6 +302,30 @@ mod tests {
         for text in ["", "unlimited", "-5:00", "1-", "N/A", "2026-11-24T06:00:00"] {
             assert!(parse_time_left(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn each_part_of_a_heterogeneous_job_is_a_job_of_its_own() {
+        // As Slurm 22.05 gives them to the tasks of `srun --het-group=0,1`.
+        let of = |host: &str| {
+            component(&Environment::from_pairs([
+                ("SLURM_JOB_ID", "116440"),
+                ("SLURM_HET_SIZE", "2"),
+                ("SLURM_JOB_NODELIST", "n[1-3]"),
+                ("SLURM_JOB_ID_HET_GROUP_0", "116440"),
+                ("SLURM_JOB_ID_HET_GROUP_1", "116441"),
+                ("SLURM_JOB_NODELIST_HET_GROUP_0", "n1"),
+                ("SLURM_JOB_NODELIST_HET_GROUP_1", "n[2-3]"),
+                ("SLURMD_NODENAME", host),
+            ]))
+        };
+        assert_eq!(of("n1").as_deref(), Some("116440"));
+        assert_eq!(of("n3").as_deref(), Some("116441"));
+        assert_eq!(of("n4"), None);
+        let plain = [("SLURM_JOB_ID", "7"), ("SLURMD_NODENAME", "n1")];
+        assert_eq!(component(&Environment::from_pairs(plain)), None);
+        let endless = [("SLURM_HET_SIZE", "4294967295"), ("SLURMD_NODENAME", "n1")];
+        assert_eq!(component(&Environment::from_pairs(endless)), None);
     }
 
     #[test]
@@ -426,7 +437,7 @@ mod tests {
         assert_eq!(job.id.unwrap().value, "121");
         assert_eq!(job.array.unwrap().value, "120_3");
         assert_eq!(job.restart_count, 2);
-        assert_eq!(job.task, Task { rank: 0, nodes: 2, tasks: 1 });
+        assert_eq!(job.task, Task { rank: 0, nodes: 2, tasks: 1, array: 1 });
         assert_eq!(job.host.as_deref(), Some("n1"));
         assert_eq!(job.hosts.unwrap().value, ["n1", "n2"]);
         assert_eq!(job.cpus.unwrap().value, 4);
@@ -475,15 +486,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn kill_wait_is_read_from_the_configuration() {
-        let config = "KillOnBadExit           = 0\nKillWait                = 30 sec\nLaunchType = x\n";
-        assert_eq!(parse_kill_wait(config), Some(Duration::from_secs(30)));
-        assert_eq!(parse_kill_wait("KillWait = 2 sec"), Some(Duration::from_secs(5)));
-        assert_eq!(parse_kill_wait("KillWait = soon"), None);
-        assert_eq!(parse_kill_wait(""), None);
-    }
-
     proptest! {
         #[test]
         fn no_answer_makes_a_parser_panic(
@@ -495,7 +497,6 @@ mod tests {
                 let _ = parse_time_left(text);
                 let _ = answer(text, "1", UNIX_EPOCH);
                 let _ = expand_hosts(text);
-                let _ = parse_kill_wait(text);
             }
         }
 

@@ -1,8 +1,8 @@
 //! Follows the deadline: asks the batch system again and again, and tells whoever listens when it moved.
 //!
 //! A limit may move in both directions at any time (`scontrol update`, qalter, preemption), and no batch system tells
-//! its jobs. It is asked about every two minutes, at once when its warning signal came or the clock jumped, and when
-//! somebody wants to know. While it does not answer, what was known holds; nothing here ever ends the pilot.
+//! its jobs. It is asked about every two minutes, at once when its warning signal came or the clock jumped (in turn, where
+//! that happened to many pilots), and when somebody wants to know. While it does not answer, what was known holds; nothing here ever ends the pilot.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -15,8 +15,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
 use super::ask::{Answer, AskError, Question};
-use super::deadline::{Answering, Deadline, Known, POLL, Pace, clock_gap, next_delay, seed};
+use super::deadline::{Answering, Deadline, Known, clock_gap};
 use super::environment::Environment;
+use super::pace::{POLL, Pace, first_delay, next_delay};
 use super::{Allocation, command, report};
 
 /// How often the clock is looked at for gaps.
@@ -163,29 +164,26 @@ impl Tracker {
         let (sender, waiting) = mpsc::channel(MAX_WAITING);
         let shared = Arc::new(Shared::default());
         let handle = TrackerHandle { shared: shared.clone(), waiting: sender };
-        let job = allocation.job_id.as_ref().map_or("", |id| id.value.as_str());
-        let rank = allocation.task.rank;
-        let pace = Pace {
-            rank,
-            nodes: allocation.task.nodes,
-            seed: seed(job, &allocation.host, rank),
-            poll: settings.poll.max(SHORTEST_POLL),
-        };
+        let pace = Pace::of(allocation, settings.poll.max(SHORTEST_POLL));
+        let mut told = SystemTime::now().duration_since(settings.first_start).ok();
         if let super::TimeLimit::Unknown(reason) = &allocation.limit.value {
             warn_lost(reason, known.deadline().as_ref());
+            told = None;
+        }
+        if !matches!(allocation.question, Question::Slurm { .. }) {
+            // Torque's PBS_WALLTIME is counted from our own start, which is later than the job's.
+            told = None;
         }
         let question = allocation.question.clone();
         let tracker = Self { question, env, settings, pace, known, published, shared, waiting };
-        tokio::spawn(tracker.follow(allocation.asked));
+        let first = if allocation.asked { tracker.delay(0, 0) } else { first_delay(&pace, told) };
+        tokio::spawn(tracker.follow(first));
         (deadline, handle)
     }
 
-    async fn follow(mut self, asked: bool) {
+    async fn follow(mut self, first: Duration) {
         let nobody = self.question == Question::Nobody;
         let mut count = 0;
-        // A variable may be older than the limit (a pilot that was restarted, a job whose limit was changed since), and
-        // an unknown limit is wanted: as soon as after a question without an answer.
-        let first = if asked { self.delay(count, 0) } else { next_delay(&self.pace, count, 1, None) };
         let mut next = Instant::now() + first;
         let mut last_asked: Option<Instant> = None;
         let mut asking: Option<Asking> = None;
@@ -207,7 +205,7 @@ impl Tracker {
                     }
                     count += 1;
                     next = Instant::now() + self.delay(count, self.known.failures());
-                    std::mem::take(&mut again)
+                    std::mem::take(&mut again).then_some(Duration::ZERO)
                 }
                 () = tokio::time::sleep_until(next), if asking.is_none() && !nobody => {
                     now_waiting.append(&mut later_waiting);
@@ -215,7 +213,7 @@ impl Tracker {
                     let (question, env, limit) =
                         (self.question.clone(), self.env.clone(), self.settings.command_limit);
                     asking = Some(Box::pin(async move { question.ask(&env, limit).await }));
-                    false
+                    None
                 }
                 _ = tick.tick() => {
                     let now = wall();
@@ -228,7 +226,7 @@ impl Tracker {
                         );
                     }
                     before = now;
-                    gap
+                    gap.then(|| self.turn(count))
                 }
                 () = self.shared.wake.notified() => {
                     let credential = self.shared.credential.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -239,31 +237,39 @@ impl Tracker {
                     if self.shared.signalled.swap(false, Ordering::AcqRel) {
                         self.known.signalled(SystemTime::now(), self.settings.signal_lead);
                         self.publish();
+                        Some(self.turn(count))
+                    } else {
+                        Some(Duration::ZERO)
                     }
-                    true
                 }
                 Some(waiting) = self.waiting.recv(), if later_waiting.len() < MAX_WAITING => {
                     if nobody { answer_to(waiting, Some(&self.known)) } else { later_waiting.push(waiting) }
-                    true
+                    Some(Duration::ZERO)
                 }
                 () = self.published.closed() => return,
             };
-            if wanted && asking.is_some() {
+            if wanted.is_some() && asking.is_some() {
                 again = true;
-            } else if wanted {
+            } else if let Some(turn) = wanted {
                 let now = Instant::now();
                 let spacing = SPACING.min(self.pace.poll);
-                next = last_asked.map_or(now, |last| now.max(last + spacing));
+                next = next.min(last_asked.map_or(now, |last| now.max(last + spacing)) + turn);
             }
         }
     }
 
+    /// How long to wait with a question that all pilots of the job and its array want to put now: they got the same signal,
+    /// or were suspended together.
+    fn turn(&self, count: u64) -> Duration {
+        self.pace.turn_to_ask(count, self.left())
+    }
+
+    fn left(&self) -> Option<Duration> {
+        Some(self.known.deadline()?.at.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+
     fn delay(&self, count: u64, failures: u32) -> Duration {
-        let left = self
-            .known
-            .deadline()
-            .map(|deadline| deadline.at.duration_since(SystemTime::now()).unwrap_or_default());
-        next_delay(&self.pace, count, failures, left)
+        next_delay(&self.pace, count, failures, self.left())
     }
 
     /// Takes the answer, or its want; whether there was one.

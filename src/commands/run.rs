@@ -32,6 +32,13 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// A wall clock that jumps (suspend) is looked at again within the minute.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
+/// No look comes so late on a host that is merely busy.
+const STOOD_STILL: Duration = Duration::from_secs(5);
+
+/// How long the batch system is asked after a suspension. The guardian waits for longer; a SIGTERM that comes meanwhile
+/// waits, which costs no more than this of its kill wait.
+const STANDSTILL_ASK: Duration = Duration::from_secs(3);
+
 /// What an API server gets that a pilot with pods to end has not reached yet after a crash. One that is there answers within
 /// milliseconds, and then the Node goes too. It is a part of the kill wait, of which PBS gives 8 s.
 const LAST_TRY: Duration = Duration::from_secs(2);
@@ -235,11 +242,17 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
     let mut cordon = Cordon::new(Arc::clone(node), pilot.manager.clone());
     let mut node = node.state();
     let mut over = None;
+    let mut awaited = SystemTime::now();
     loop {
         if node.borrow_and_update().taken_by.is_some() {
             return End::Taken;
         }
         let (phase, wait) = drain::phase(timing.borrow_and_update().as_ref(), SystemTime::now());
+        if phase != Phase::Open && stood_still(awaited, SystemTime::now()) {
+            ask_after_standstill(pilot, &mut timing).await;
+            awaited = SystemTime::now();
+            continue;
+        }
         if phase == Phase::Draining {
             return End::Deadline;
         }
@@ -274,6 +287,7 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
                 _ => None,
             })
             .await;
+        awaited = SystemTime::now() + wait;
         tokio::select! {
             signal = signals.next() => match signal {
                 Signal::Ask => {
@@ -290,6 +304,22 @@ async fn watch_over(pilot: &mut Pilot, node: &Arc<NodeHandle>, signals: &mut Sig
             _ = node.changed() => {}
             () = tokio::time::sleep(wait) => {}
         }
+    }
+}
+
+/// Whether a look that was due at `awaited` comes so late that this pilot was stopped: its job was suspended, or the host.
+fn stood_still(awaited: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(awaited).is_ok_and(|late| late > STOOD_STILL)
+}
+
+/// Slurm moves the end of a job that was suspended, so what was known before is asked for anew before anything is ended by it.
+async fn ask_after_standstill(pilot: &Pilot, timing: &mut watch::Receiver<Option<Timing>>) {
+    tracing::info!("this pilot stood still for a while; the batch system is asked whether the end has moved");
+    let known = timing.borrow().map(|timing| timing.deadline);
+    let told = pilot.tracker.ask_and_wait(STANDSTILL_ASK).await;
+    if told.map(|told| told.at) != known {
+        // It is on its way here already.
+        let _ = tokio::time::timeout(Duration::from_secs(1), timing.changed()).await;
     }
 }
 
@@ -330,6 +360,15 @@ mod tests {
         assert_eq!(got, words("--log debug pilot --site run"));
         let got = pilot_arguments(words("jiriaf-pilot --config run run"));
         assert_eq!(got, words("--config run pilot"));
+    }
+
+    #[test]
+    fn a_loop_that_looks_late_stood_still() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        assert!(
+            !stood_still(at(100), at(100)) && !stood_still(at(100), at(105)) && !stood_still(at(100), at(50))
+        );
+        assert!(stood_still(at(100), at(106)));
     }
 
     #[tokio::test]

@@ -7,6 +7,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::spread::Part;
+
 /// The times that the end of this pilot is made of, as last learnt. They may move while the job runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
@@ -86,26 +88,38 @@ fn remaining(now: SystemTime, drain: SystemTime) -> Duration {
     drain.duration_since(now).unwrap_or_default()
 }
 
-/// What to publish now: never more than what will remain when the next value is seen.
+/// What to publish now: never more than what will remain when the next value is seen, after `part` of a step.
 #[must_use]
-pub fn value(now: SystemTime, drain: SystemTime) -> u64 {
+pub fn value(now: SystemTime, drain: SystemTime, part: Part) -> u64 {
     let left = remaining(now, drain).as_secs();
-    left.saturating_sub(tolerance(left))
+    let seconds = Duration::from_secs;
+    left.saturating_sub(part.between(seconds(SHORTEST_STEP), seconds(step(left))).as_secs() + WRITE_SECS)
 }
 
 /// Decides whether the label (and with it the annotations) must be written now.
 ///
 /// `timing` is what was learnt last, `None` where no end is known. `publish` says whether the label is wanted
 /// at all (`--walltime 0`: it is not). `last` is what the API server has, `None` where that is not known.
+///
+/// The first value of a Node, and the first after a move, stands for `part` of a step only: many pilots that begin, or
+/// learn of a move, at the same moment would else write at the same moment once a minute.
 #[must_use]
-pub fn plan(now: SystemTime, timing: Option<&Timing>, publish: bool, last: Option<&Published>) -> Plan {
-    let fresh = timing.filter(|_| publish).map(|t| value(now, t.drain));
-    let Some(last) = last else { return Plan::Write(fresh) };
+pub fn plan(
+    now: SystemTime,
+    timing: Option<&Timing>,
+    publish: bool,
+    last: Option<&Published>,
+    part: Part,
+) -> Plan {
+    let ends = timing.filter(|_| publish);
+    let first = ends.map(|t| value(now, t.drain, part));
+    let Some(last) = last else { return Plan::Write(first) };
     // A clock that was set back says nothing about when the last write was: it does not hold a write back.
     let since = now.duration_since(last.at).unwrap_or(Duration::MAX);
-    if stamps(last.timing.as_ref()) != stamps(timing) || last.value.is_some() != fresh.is_some() {
-        return after(MOVE_LIMIT.saturating_sub(since), fresh);
+    if stamps(last.timing.as_ref()) != stamps(timing) || last.value.is_some() != first.is_some() {
+        return after(MOVE_LIMIT.saturating_sub(since), first);
     }
+    let fresh = ends.map(|t| value(now, t.drain, Part::ALL));
     let (Some(timing), Some(published)) = (timing, last.value) else { return Plan::Wait(LONGEST_WAIT) };
     let left = remaining(now, timing.drain);
     if left.as_secs().saturating_sub(published) > tolerance(left.as_secs()) {

@@ -36,12 +36,29 @@ const TRIES: u32 = 3;
 /// Pause between the tries for one renewal.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The time to the next renewal, jitter included.
+/// The time to the next renewal after so many, by chance.
 #[must_use]
-pub fn next_renewal() -> Duration {
+pub fn next_renewal(renewals: u64) -> Duration {
+    renewal_after(renewals, chance())
+}
+
+/// Chance, of a thousand.
+pub(super) fn chance() -> u32 {
     // std seeds each RandomState anew: enough chance for a jitter, without a crate for it.
-    let chance = u32::try_from(RandomState::new().build_hasher().finish() % 1000).unwrap_or_default();
-    RENEW_EVERY + RENEW_EVERY * JITTER_PERMILLE * chance / 1_000_000
+    u32::try_from(RandomState::new().build_hasher().finish() % 1001).unwrap_or_default()
+}
+
+/// The time to the next renewal after so many; `chance` is of a thousand.
+///
+/// The first comes somewhere within the interval: the jitter alone needs hours until pilots that began at the same
+/// moment have drifted apart.
+#[must_use]
+pub fn renewal_after(renewals: u64, chance: u32) -> Duration {
+    let chance = chance.min(1000);
+    match renewals {
+        0 | 1 => RENEW_EVERY * chance / 1000,
+        _ => RENEW_EVERY + RENEW_EVERY * JITTER_PERMILLE * chance / 1_000_000,
+    }
 }
 
 /// The Lease as it is to be written now: the last copy, if there is one, renewed and owned by the Node `uid`.
@@ -178,9 +195,17 @@ mod tests {
 
     #[test]
     fn renewals_are_ten_seconds_and_a_little_apart() {
-        for _ in 0..100 {
-            let wait = next_renewal();
-            assert!(wait >= RENEW_EVERY && wait <= Duration::from_millis(10_400), "{wait:?}");
+        for renewals in 1..100 {
+            let wait = next_renewal(renewals);
+            let least = if renewals == 1 { Duration::ZERO } else { RENEW_EVERY };
+            assert!(wait >= least && wait <= Duration::from_millis(10_400), "{wait:?}");
         }
+        let seconds = |renewals, chance| renewal_after(renewals, chance).as_secs_f64();
+        assert_eq!(
+            (seconds(1, 0), seconds(1, 1000)),
+            (0.0, 10.0),
+            "the first parts those that began together"
+        );
+        assert_eq!((seconds(2, 0), seconds(2, 1000)), (10.0, 10.4));
     }
 }

@@ -11,10 +11,12 @@ pub mod handle;
 pub mod identity;
 pub mod info;
 pub mod labels;
+pub mod leader;
 pub mod lease;
 pub mod object;
 pub mod registration;
 mod shared;
+pub mod spread;
 pub mod status;
 mod upkeep;
 

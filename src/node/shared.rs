@@ -16,6 +16,7 @@ use super::alivetime::{Plan, Published, Timing, plan};
 use super::api::{CallError, Kind, Trouble, call};
 use super::lease;
 use super::object::{self, Expected, Moment, NodeConfig, ROLE};
+use super::spread::Part;
 use super::status::{Health, conditions};
 
 /// The Node as others in the pilot need to know it.
@@ -43,6 +44,8 @@ pub(super) struct Writer {
 
 pub(super) struct Shared {
     pub config: NodeConfig,
+    /// Its own part of what is spread over a fleet.
+    pub part: Part,
     pub nodes: Api<Node>,
     pub leases: Api<Lease>,
     pub client: kube::Client,
@@ -72,6 +75,7 @@ impl Shared {
             nodes: Api::all(client.clone()),
             leases: Api::namespaced(client.clone(), lease::NAMESPACE),
             client,
+            part: Part::of(&config.name),
             config,
             timing,
             state: watch::Sender::default(),
@@ -152,7 +156,7 @@ impl Shared {
     /// What a Node that is written whole says of the end, at this moment.
     pub fn fresh(&self, now: SystemTime) -> Published {
         let timing = self.timing_now();
-        let value = match plan(now, timing.as_ref(), self.config.publish_walltime, None) {
+        let value = match plan(now, timing.as_ref(), self.config.publish_walltime, None, self.part) {
             Plan::Write(value) => value,
             Plan::Wait(_) => None,
         };

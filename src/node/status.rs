@@ -2,9 +2,21 @@
 //!
 //! Source of all texts: Kubernetes v1.36, `pkg/kubelet/nodestatus/setters.go`.
 
+use std::time::Duration;
+
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
+
+use super::spread::Part;
+
+/// The status is written this often at least although nothing changed: kubelet's nodeStatusReportFrequency
+/// (`pkg/kubelet/apis/config/v1beta1/defaults.go`).
+pub const STATUS_EVERY: Duration = Duration::from_secs(300);
+
+/// From this age on, the status goes along with a write of the label, which comes once a minute: one write
+/// instead of two. Where there is no label, each Node has an age of its own between the two.
+pub const STATUS_ALONG: Duration = Duration::from_secs(240);
 
 /// How this Node is. The default is a Node in good health.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -124,6 +136,12 @@ pub fn given_up(conditions: &[NodeCondition]) -> bool {
     conditions.iter().any(|c| c.type_ == "Ready" && c.status == "Unknown")
 }
 
+/// Whether a status of this age is written anew although it says the same.
+#[must_use]
+pub fn is_old(age: Duration, label_due: bool, part: Part) -> bool {
+    age >= part.between(STATUS_ALONG, STATUS_EVERY) || (label_due && age >= STATUS_ALONG)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,6 +208,20 @@ mod tests {
             conditions(&second, &down(false, ""), time(12))[3].last_transition_time,
             Some(Time(time(12)))
         );
+    }
+
+    #[test]
+    fn each_node_has_an_age_of_its_own_at_which_its_status_is_written_anew() {
+        let secs = Duration::from_secs;
+        for (age, label_due, part, want) in [
+            (239, true, Part::NONE, false),
+            (240, true, Part::ALL, true),
+            (240, false, Part::NONE, true),
+            (299, false, Part::ALL, false),
+            (300, false, Part::ALL, true),
+        ] {
+            assert_eq!(is_old(secs(age), label_due, part), want, "{age} {label_due} {part:?}");
+        }
     }
 
     #[test]

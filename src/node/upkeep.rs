@@ -17,15 +17,8 @@ use super::identity::still_ours;
 use super::lease::{DURATION, Found, Keeper, next_renewal};
 use super::object::{INSTANCE, status, upkeep_patch};
 use super::shared::{Shared, Writer, observed};
-use super::status::{Health, conditions, given_up};
-
-/// The status is written this often although nothing changed: kubelet's nodeStatusReportFrequency
-/// (`pkg/kubelet/apis/config/v1beta1/defaults.go`).
-const STATUS_EVERY: Duration = Duration::from_secs(300);
-
-/// From this age on, the status goes along with a write of the label, which comes once a minute: one write
-/// instead of two.
-const STATUS_ALONG: Duration = Duration::from_secs(240);
+use super::spread::Part;
+use super::status::{Health, conditions, given_up, is_old};
 
 /// Pause before the Node is read again after a conflict: no more than ten rounds a second, whoever writes to it.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(100);
@@ -39,6 +32,7 @@ pub(super) async fn keep_lease(shared: Arc<Shared>) {
     let mut trouble = Trouble::new("renewing the Lease");
     let (mut stop, mut state) = (shared.stop.subscribe(), shared.state.subscribe());
     let mut renewed = Instant::now();
+    let mut renewals = 0;
     while !*stop.borrow() {
         let uid = state.borrow_and_update().uid.clone();
         if !shared.is_taken() {
@@ -54,8 +48,9 @@ pub(super) async fn keep_lease(shared: Arc<Shared>) {
                 Err(error) => trouble.failed(shared.name(), &error),
             }
         }
+        renewals += 1;
         tokio::select! {
-            () = tokio::time::sleep(next_renewal()) => {}
+            () = tokio::time::sleep(next_renewal(renewals)) => {}
             // A new uid: the Lease must be owned by the new Node. The sender lives in `shared`.
             _ = state.changed() => {}
             _ = stop.changed() => {}
@@ -162,9 +157,10 @@ async fn turn(shared: &Shared) -> Duration {
         writer = shared.writer.lock().await;
     }
     let (now, timing) = (SystemTime::now(), shared.timing_now());
-    let plan = plan(now, timing.as_ref(), shared.config.publish_walltime, writer.published.as_ref());
+    let publish = shared.config.publish_walltime;
+    let plan = plan(now, timing.as_ref(), publish, writer.published.as_ref(), shared.part);
     let health = shared.health().clone();
-    let due = status_due(&writer, &health, matches!(plan, Plan::Write(_)), Instant::now());
+    let due = status_due(&writer, &health, matches!(plan, Plan::Write(_)), Instant::now(), shared.part);
     let published = match (plan, due, writer.published) {
         (Plan::Wait(wait), false, _) => return wait,
         (Plan::Write(value), ..) => Published { timing, value, at: now },
@@ -190,10 +186,10 @@ async fn turn(shared: &Shared) -> Duration {
 }
 
 /// Whether the status must be written: it changed, the Node controller has given the Node up, or it is old.
-fn status_due(writer: &Writer, health: &Health, label_due: bool, now: Instant) -> bool {
+fn status_due(writer: &Writer, health: &Health, label_due: bool, now: Instant, part: Part) -> bool {
     let Some((sent, at)) = &writer.status else { return true };
     let age = now.saturating_duration_since(*at);
-    sent != health || given_up(&writer.observed) || age >= STATUS_EVERY || (label_due && age >= STATUS_ALONG)
+    sent != health || given_up(&writer.observed) || is_old(age, label_due, part)
 }
 
 /// One write of the Node: labels and annotations, and the status with them where `health` is given.
@@ -303,15 +299,15 @@ mod tests {
             (300, false, true),
         ] {
             assert_eq!(
-                status_due(&writer(secs(age), now), &healthy, label_due, now),
+                status_due(&writer(secs(age), now), &healthy, label_due, now, Part::ALL),
                 want,
                 "{age} {label_due}"
             );
         }
         let ill = Health { disk_pressure: true, ..Health::default() };
-        assert!(status_due(&writer(secs(1), now), &ill, false, now));
+        assert!(status_due(&writer(secs(1), now), &ill, false, now, Part::ALL));
         let never = Writer { status: None, ..writer(secs(1), now) };
-        assert!(status_due(&never, &healthy, false, now));
+        assert!(status_due(&never, &healthy, false, now, Part::ALL));
     }
 
     #[test]
@@ -320,6 +316,6 @@ mod tests {
         let unknown =
             NodeCondition { type_: "Ready".into(), status: "Unknown".into(), ..NodeCondition::default() };
         let given_up = Writer { observed: vec![unknown], ..writer(Duration::ZERO, now) };
-        assert!(status_due(&given_up, &Health::default(), false, now));
+        assert!(status_due(&given_up, &Health::default(), false, now, Part::ALL));
     }
 }

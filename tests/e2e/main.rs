@@ -31,6 +31,7 @@ mod identity;
 mod idle;
 mod images;
 mod isolation;
+mod jobs;
 mod load;
 mod logs;
 mod memory;

@@ -45,6 +45,7 @@ pub use self::state::{asked_to_end, restarted};
 use self::state::{load_state, recover, save_state};
 pub(in crate::commands) use self::tunnel::open as open_tunnels;
 use crate::allocation::duration::Walltime;
+use crate::allocation::pace::Pace;
 use crate::allocation::{self, Allocation, BatchSystem, DetectSettings, Environment};
 use crate::allocation::{Deadline, GpuModel, Tracker, TrackerHandle, TrackerSettings};
 use crate::certificates::{BootstrapError, CertificateError};
@@ -280,6 +281,10 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
     let whole = first.as_ref().map(|d| d.at.duration_since(state.first_start).unwrap_or_default());
     state.first_left = state.first_left.or(whole.map(|whole| whole.as_secs()));
     save_state(&state_dir, &state)?;
+    if !restarted() {
+        // A batch system starts all pilots of a job, and of an array, at the same moment.
+        tokio::time::sleep(Pace::of(&allocation, Duration::ZERO).turn_to_start()).await;
+    }
     let kill_wait = match args.kill_wait {
         Some(given) => given,
         None => allocation::kill_wait(&env, allocation.batch).await.value,
@@ -300,7 +305,9 @@ pub async fn begin(args: &RunArgs, link: GuardianLink) -> Result<Begun, SetupErr
         args.cordon_before,
         args.drain_before,
     );
-    let stagger = Stagger::of(&name, args.stagger);
+    // Pilots that began together end together, and a thousand drains in one second are as bad as a thousand starts.
+    let together = Pace::of(&allocation, Duration::ZERO).spread_of_starts();
+    let stagger = Stagger::of(&name, args.stagger.max(together));
     // From the first start, so that a crash moves nothing.
     let known = first.as_ref().map(|d| stagger.timing(leads, d.at, state.first_start, None));
     if let (Some(known), false) = (&known, args.stagger.is_zero()) {

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use super::cpus;
 use super::deadline::rfc3339;
 use super::memory::{self, Memory};
-use super::node::{facts, follow, grant};
+use super::node::{facts, follow, grant, leader_name};
 use super::reach::{self, Entered, Way};
 use super::state::{guardian_process, keep_state};
 use super::{Begun, Pilot, SetupError, sessions, tunnel};
@@ -18,7 +18,7 @@ use crate::cli::{PodArgs, RunArgs};
 use crate::cluster;
 use crate::container::Session;
 use crate::idle::{Idle, Limits};
-use crate::node::NodeHandle;
+use crate::node::{self, NodeHandle};
 use crate::pilot_metrics::PilotMetrics;
 use crate::pod::admission::NodeFacts;
 use crate::pod::api::{Api, Cluster};
@@ -62,6 +62,14 @@ pub fn join(args: &RunArgs, mut begun: Begun, way: Way, entered: Entered) -> Pil
     api.serve(&context, &begun.allocation, &begun.site);
     spawn_housekeeping(&context);
     sessions::watch(&begun.allocation, &begun.env, &context);
+    if let (Some(leader), Some(job)) =
+        (leader_name(args, &begun.site, &begun.allocation), &begun.allocation.job_id)
+    {
+        let tracker = begun.tracker.clone();
+        let follow =
+            node::leader::follow(way.client.clone(), leader, job.value.clone(), move || tracker.ask_now());
+        tokio::spawn(follow);
+    }
     let manager = manager::spawn(manager::Setup {
         context: Arc::clone(&context),
         pods: source::watch(way.client, &begun.name),

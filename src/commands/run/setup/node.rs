@@ -66,6 +66,17 @@ pub(in crate::commands) fn node_name(
     }
 }
 
+/// The name of the Node of the job's first pilot, where this is another one: as that one makes it.
+pub(super) fn leader_name(args: &RunArgs, site: &str, allocation: &Allocation) -> Option<String> {
+    if allocation.task.rank == 0 || allocation.task.tasks < 2 {
+        return None;
+    }
+    let first = allocation.hosts.as_ref()?.value.first()?;
+    let host = first.split('.').next().unwrap_or(first).to_owned();
+    let task = Task { rank: 0, ..allocation.task };
+    node_name(args, site, &Allocation { host, task, ..allocation.clone() }).ok()
+}
+
 /// Pods at once: kubelet's own default is 110 (kubelet config, maxPods); virtual-kubelet-cmd said 1000.
 pub(super) const PODS: u32 = 1000;
 
@@ -259,6 +270,31 @@ mod tests {
         assert_eq!(name_of("mine", "0", "1").await.unwrap(), "mine");
         assert_eq!(name_of("mine", "0", "4").await.unwrap(), "mine-0");
         assert_eq!(name_of("mine", "3", "4").await.unwrap(), "mine-3");
+    }
+
+    #[tokio::test]
+    async fn the_first_pilots_name_is_the_one_that_it_gives_itself() {
+        let of = async |rank: &str, tasks: &str, arguments: &[&str]| {
+            let env = Environment::from_pairs([
+                ("SLURM_JOB_ID", "7"),
+                ("SLURM_JOB_END_TIME", "4000000000"),
+                ("SLURM_JOB_NODELIST", "n[2-9]"),
+                ("SLURMD_NODENAME", if rank == "0" { "n2" } else { "n5" }),
+                ("SLURM_PROCID", rank),
+                ("SLURM_STEP_NUM_TASKS", tasks),
+            ]);
+            let allocation = detect(&env, &DetectSettings::new(std::time::SystemTime::now())).await;
+            let args = run_args(arguments);
+            (node_name(&args, "mylin", &allocation).unwrap(), leader_name(&args, "mylin", &allocation))
+        };
+        for arguments in [&[][..], &["--node-name", "mine"]] {
+            let (first, none) = of("0", "8", arguments).await;
+            assert_eq!(none, None);
+            let (other, leader) = of("3", "8", arguments).await;
+            assert_ne!(other, first);
+            assert_eq!(leader, Some(first));
+        }
+        assert_eq!(of("0", "1", &[]).await.1, None);
     }
 
     #[tokio::test]
