@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ApiProxy, Namespace, Options, Pilot, bed, container, pod_spec, read, seconds, wait_for, wait_until,
+    ApiProxy, Namespace, Options, Pilot, container, pod_spec, read, seconds, wait_for, wait_until,
 };
 
 /// Runs until the file `go` is there, which it takes away, and fails; each run leaves a line in `runs`.

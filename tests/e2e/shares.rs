@@ -230,7 +230,8 @@ fn cpus_that_are_taken_away_from_the_job_are_no_longer_offered() {
     set_mask(&mask);
     let offered = |wanted: usize| {
         let status = &pilot.nodes()[0]["status"];
-        status["capacity"]["cpu"] == wanted.to_string() && status["allocatable"]["cpu"] == wanted.to_string()
+        let wanted = wanted.to_string();
+        status["capacity"]["cpu"] == wanted.as_str() && status["allocatable"]["cpu"] == wanted.as_str()
     };
     wait_until("the Node offers what is left", seconds(30), || offered(all - 1));
     wait_until("the pod has moved", seconds(10), || {
@@ -253,7 +254,8 @@ fn two_pods_of_a_slurm_job_have_cpus_of_their_own_among_the_jobs() {
     assert_eq!((count(&p), count(&q)), (1, 1));
     assert_ne!(p, q);
     // The job's are those of the pilot, which Slurm has confined.
-    let [process] = pilot.stages("pilot")[..] else { panic!("one pilot was expected") };
+    let processes = pilot.processes();
+    let (process, _) = processes.iter().find(|(_, line)| line.starts_with("jiriaf-pilot pilot")).unwrap();
     let status = read(Path::new(&format!("/proc/{process}/status")));
     let jobs = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
     let numbers = |list: &str| -> Vec<usize> {
